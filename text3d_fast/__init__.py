@@ -1,0 +1,1 @@
+"""Text to 3D, with and without a GPU."""

@@ -1,0 +1,109 @@
+"""What every image prior looks like: a trained diffusion model, the exact denoiser of a data set, an oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .schedule import NoiseSchedule
+
+
+@dataclass
+class Conditions:
+    """What a batch of B images is conditioned on.
+
+    texts        B strings; "" is the empty prompt (unconditional)
+    camera       [B, 3] elevation (radians), azimuth (radians), distance; a row of NaN is dropped; None drops all
+    background   [B, 3] rgb in 0..1; a row of NaN is dropped; None drops all
+
+    A prior that does not know a condition ignores it.
+    """
+
+    texts: list[str]
+    camera: Tensor | None = None
+    background: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str):
+            raise TypeError("texts: expected a list of strings, one per image, got one string")
+        self.texts = list(self.texts)
+        for name in ("camera", "background"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != (len(self.texts), 3):
+                raise ValueError(f"{name}: expected shape [{len(self.texts)}, 3], got {list(value.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def unconditional(self, keep_camera: bool = True, keep_background: bool = True) -> Conditions:
+        """The other side of classifier-free guidance: the same batch with empty prompts.
+
+        Kept conditions are not amplified by the guidance weight; dropped ones are.
+        """
+        return Conditions(
+            [""] * len(self),
+            self.camera if keep_camera else None,
+            self.background if keep_background else None,
+        )
+
+    def to(self, device: torch.device | str) -> Conditions:
+        return Conditions(
+            self.texts,
+            None if self.camera is None else self.camera.to(device),
+            None if self.background is None else self.background.to(device),
+        )
+
+    def __getitem__(self, rows: slice) -> Conditions:
+        return Conditions(
+            self.texts[rows],
+            None if self.camera is None else self.camera[rows],
+            None if self.background is None else self.background[rows],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Conditions]) -> Conditions:
+        """One batch after the other; a condition that only some parts have is dropped (NaN) in the rest."""
+        if not parts:
+            raise ValueError("parts: expected at least one Conditions")
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            known = next((value for value in values if value is not None), None)
+            if known is None:
+                return None
+            rows = [known.new_full((len(p), 3), torch.nan) if v is None else v for p, v in zip(parts, values)]
+            return torch.cat([row.to(known) for row in rows])
+
+        return Conditions([text for part in parts for text in part.texts], join("camera"), join("background"))
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """An image prior. Guidance needs nothing else; an own one is a class with these four.
+
+    Optional: `camera_distribution`, a dict that says which cameras the prior knows, in degrees and world units:
+    {"elevation": (low, high), "azimuth": (low, high), "distance": (low, high), "fov_y": (low, high)}.
+    """
+
+    schedule: NoiseSchedule
+    image_size: int  # the height and width of the images that `encode` takes
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, H, W, 3] in 0..1 -> x [B, C, h, w], the space the diffusion runs in. Differentiable."""
+        ...
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """eps_theta(x_t; conditions, t) without guidance. x_t [B, C, h, w], t [B] in [0, 1] -> [B, C, h, w].
+
+        Differentiable in x_t when gradients are enabled.
+        """
+        ...
+
+
+def camera_distribution(prior: Prior) -> dict[str, Any] | None:
+    """The cameras a prior knows, or None if it does not say."""
+    return getattr(prior, "camera_distribution", None)

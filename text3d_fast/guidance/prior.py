@@ -75,8 +75,11 @@ class Conditions:
             known = next((value for value in values if value is not None), None)
             if known is None:
                 return None
-            rows = [known.new_full((len(p), 3), torch.nan) if v is None else v for p, v in zip(parts, values)]
-            return torch.cat([row.to(known) for row in rows])
+            dropped = known.new_full((1, 3), torch.nan)
+            return torch.cat([
+                dropped.expand(len(part), 3) if value is None else value.to(known)
+                for part, value in zip(parts, values, strict=True)
+            ])
 
         return Conditions([text for part in parts for text in part.texts], join("camera"), join("background"))
 

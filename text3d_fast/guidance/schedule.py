@@ -25,7 +25,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, log_ratio: Tensor | None = None):
-        """log_ratio [N]: log(alpha / sigma) at each discrete step, decreasing; None is the continuous cosine schedule."""
+        """log_ratio [N]: log(alpha / sigma) at each step, non-increasing; None is the continuous cosine schedule."""
         if log_ratio is not None:
             if log_ratio.ndim != 1 or log_ratio.numel() < 2:
                 raise ValueError(f"log_ratio: expected shape [N] with N >= 2, got {tuple(log_ratio.shape)}")
@@ -82,7 +82,7 @@ class NoiseSchedule:
         last = table.numel() - 1
         position = (t * last).clamp(0, last)
         low = position.floor().long().clamp(max=last - 1)
-        # exact at the steps: k / last * last may miss k by a rounding
+        # exact at the steps, which an fp32 t misses by a rounding
         fraction = position - low
         fraction = torch.where((fraction - fraction.round()).abs() < 1e-4, fraction.round(), fraction)
         return torch.lerp(table[low], table[low + 1], fraction)

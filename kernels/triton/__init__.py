@@ -1,0 +1,1 @@
+"""Triton twins of the native kernels; same names, same argument order."""

@@ -1,0 +1,111 @@
+"""ops.composite against its reference: values, every gradient, early stop, empty rays, compile."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from text3d_fast import ops, use_backend
+from text3d_fast.reference.composite import composite as reference_composite
+
+# (rays, longest ray, channels): odd sizes, single rays, empty everything
+CASES = [(1, 1, 1), (7, 13, 3), (129, 33, 4), (5, 0, 3), (0, 0, 2), (67, 90, 7)]
+
+
+def make_samples(rays, longest, generator, dtype=torch.float32, device="cpu"):
+    counts = torch.randint(0, longest + 1, (rays,), generator=generator, device=device)
+    offsets = torch.zeros(rays + 1, dtype=torch.int32, device=device)
+    offsets[1:] = counts.cumsum(0)
+    ids = torch.repeat_interleave(torch.arange(rays, device=device), counts).int()
+    steps = torch.rand(len(ids), generator=generator, device=device, dtype=dtype) * 0.1 + 0.01
+    ends = steps.cumsum(0) + 0.5
+    return ops.RaySamples(ids, ends - steps, ends, offsets)
+
+
+def make_inputs(case, generator, dtype=torch.float32, device="cpu"):
+    rays, longest, channels = case
+    samples = make_samples(rays, longest, generator, dtype, device)
+    count = samples.num_samples
+    sigma = torch.rand(count, generator=generator, device=device, dtype=dtype) * 20
+    values = torch.randn(count, channels, generator=generator, device=device, dtype=dtype)
+    return sigma, values, samples
+
+
+def gradients(sigma, values, samples, early_stop, cotangents):
+    leaves = [x.clone().requires_grad_() for x in (sigma, values, samples.t_starts, samples.t_ends)]
+    moved = dataclasses.replace(samples, t_starts=leaves[2], t_ends=leaves[3])
+    outputs = ops.composite(leaves[0], leaves[1], moved, early_stop)
+    return outputs, torch.autograd.grad(outputs, leaves, cotangents)
+
+
+@pytest.mark.parametrize("early_stop", [0.0, 1e-2])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, early_stop, device, generator, poisoned_empty):
+    sigma, values, samples = make_inputs(case, generator, device=device)
+    shapes = [(case[0], case[2]), *[(case[0],)] * 3, (samples.num_samples,)]
+    cotangents = [torch.randn(s, generator=generator, device=device) for s in shapes]
+    outputs, grads = gradients(sigma, values, samples, early_stop, cotangents)
+    double = dataclasses.replace(samples, t_starts=samples.t_starts.double(), t_ends=samples.t_ends.double())
+    with use_backend("reference"):
+        expected, expected_grads = gradients(sigma.double(), values.double(), double, early_stop,
+                                             [c.double() for c in cotangents])  # fmt: skip
+    # fp32 sums of at most 90 terms of order 1, divided by opacities of order 1
+    for got, want in zip((*outputs, *grads), (*expected, *expected_grads)):
+        torch.testing.assert_close(got, want.float(), rtol=2e-4, atol=2e-4)
+
+
+def test_reference_gradcheck():
+    generator = torch.Generator().manual_seed(1)
+    sigma, values, samples = make_inputs((4, 5, 2), generator, torch.float64)
+
+    def run(*leaves):
+        return reference_composite(*leaves, samples.ray_ids, samples.ray_offsets, 0.0)
+
+    leaves = [x.requires_grad_() for x in (sigma, values, samples.t_starts, samples.t_ends)]
+    torch.autograd.gradcheck(run, leaves)
+
+
+def test_padding_beyond_the_last_offset_weighs_nothing(device, generator, poisoned_empty):
+    sigma, values, samples = make_inputs((6, 9, 3), generator, device=device)
+    expected = ops.composite(sigma, values, samples)
+    pad = 11
+
+    def padded(x):
+        return torch.cat([x, x.new_zeros(pad, *x.shape[1:])])
+
+    longer = ops.RaySamples(*map(padded, (samples.ray_ids, samples.t_starts, samples.t_ends)), samples.ray_offsets)
+    leaves = [padded(sigma).requires_grad_(), padded(values).requires_grad_()]
+    got = ops.composite(*leaves, longer)
+    for a, b in zip(got[:4], expected[:4]):
+        torch.testing.assert_close(a, b)
+    grads = torch.autograd.grad(got.values.sum() + got.depth.sum(), leaves)
+    assert all(g[samples.num_samples :].eq(0).all() for g in grads)
+
+
+def test_opcheck(device, generator):
+    sigma, values, samples = make_inputs((7, 5, 3), generator, device=device)
+    sigma.requires_grad_(), values.requires_grad_()
+    arguments = (sigma, values, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets, 1e-4)
+    torch.library.opcheck(torch.ops.text3d.composite.default, arguments)
+
+
+def test_compiles_whole(device, generator):
+    sigma, values, samples = make_inputs((7, 5, 3), generator, device=device)
+    sigma.requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(sigma):
+        return ops.composite(sigma.exp(), values, samples).values.square().sum()
+
+    expected = torch.autograd.grad(ops.composite(sigma.exp(), values, samples).values.square().sum(), sigma)
+    torch.testing.assert_close(torch.autograd.grad(loss(sigma), sigma), expected)
+
+
+def test_errors_name_the_argument(generator):
+    sigma, values, samples = make_inputs((3, 4, 2), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"values: expected shape \["):
+        ops.composite(sigma, values[:-1], samples)
+    with pytest.raises(TypeError, match=r"sigma: expected torch.float32, got torch.float64"):
+        ops.composite(sigma.double(), values, samples)
+    with pytest.raises(TypeError, match="ray_offsets"):
+        ops.composite(sigma, values, dataclasses.replace(samples, ray_offsets=samples.ray_offsets.long()))

@@ -1,0 +1,64 @@
+"""The bridge to `text3d_fast._C`: raw pointers, sizes and a stream; no torch types cross it."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+_EMULATE = os.environ.get("TEXT3D_EMULATE") == "1"  # run the .cu sources on host memory; tests only
+_module: ModuleType | None = None
+_import_error = ""
+try:
+    if _EMULATE:
+        from text3d_fast import _C_emulated as _module
+    else:
+        from text3d_fast import _C as _module
+except ImportError as error:
+    _import_error = str(error)
+
+
+def reason_against(device_type: str) -> str | None:
+    """Why the native kernels cannot run on this type of device, or None if they can."""
+    if _module is None:
+        return f"the compiled extension is missing ({_import_error}); run `pip install .` in the source tree"
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"there are no native kernels for {device_type}"
+    if not _module.has_cuda or _module.emulated:
+        return "text3d_fast was built without CUDA (nvcc was not found); see docs/install.md"
+    return None
+
+
+def cpu_isa() -> str:
+    """The instruction set that run-time dispatch picked: baseline, avx2 or avx512."""
+    return getattr(_module, "cpu_isa", "none")
+
+
+def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | None) -> None:
+    """Run entry point `name` with its Params' fields in order, on the device that the tensors are on.
+
+    Tensors must be contiguous and of the dtype that the Params declare; the ops see to both.
+    """
+    device: torch.device | None = None
+    flat = []
+    for field in fields:
+        if isinstance(field, torch.Tensor):
+            if not field.is_contiguous():
+                raise RuntimeError(f"{name}: a tensor of shape {tuple(field.shape)} is not contiguous")
+            if device is not None and device != field.device:
+                raise ValueError(f"{name}: all tensors must be on one device, got {device} and {field.device}")
+            device = field.device
+            flat.append(field.data_ptr())
+        else:
+            flat.append(0 if field is None else field)
+    if device is None:
+        raise RuntimeError(f"{name}: no tensor among its fields")
+    if device.type == "cpu":
+        getattr(_module, name)(0 if _EMULATE else None, *flat)
+        return
+    guard = torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext()
+    with guard:
+        getattr(_module, name)(torch.cuda.current_stream(device).cuda_stream, *flat)

@@ -33,7 +33,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                "-mprefer-vector-width=512"],
-}  # fmt: skip
+}
 
 
 def flag(name):
@@ -91,7 +91,7 @@ class NinjaBuild(build_ext):
 
         cxx = os.environ.get("CXX", "c++")
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-                  "-Wall", "-Wextra", f"-I{CSRC}"]  # fmt: skip
+                  "-Wall", "-Wextra", f"-I{CSRC}"]
         link = ["-shared"]
         if flag("TEXT3D_WERROR"):
             common.append("-Werror")
@@ -105,7 +105,7 @@ class NinjaBuild(build_ext):
             link += ["-undefined", "dynamic_lookup"]
         module = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
                   f"-DTEXT3D_MODULE={extension.name.rpartition('.')[2]}", f"-DTEXT3D_ISA_COUNT={len(isas())}",
-                  f"-DTEXT3D_WITH_CUDA={int(bool(nvcc) or emulate)}", f"-DTEXT3D_EMULATED={int(emulate)}"]  # fmt: skip
+                  f"-DTEXT3D_WITH_CUDA={int(bool(nvcc) or emulate)}", f"-DTEXT3D_EMULATED={int(emulate)}"]
 
         edges, objects = [], []
 
@@ -125,12 +125,12 @@ class NinjaBuild(build_ext):
             stem = f"{source.parent.name}.{source.stem}.cuda"
             if emulate:
                 flags = ["-x c++", "-include common/emulate.h", *common, "-DTEXT3D_ISA=cuda", "-Wno-unknown-pragmas"]
-                compile_edge("cxx", source, stem, flags + ["-ffp-contract=off"])
+                compile_edge("cxx", source, stem, [*flags, "-ffp-contract=off"])
             elif nvcc:
                 exact = ["-fmad=false"] if source.parent.name in EXACT_OPS else []
                 strict = ["-Werror", "all-warnings"] if flag("TEXT3D_WERROR") else []
                 flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}", "-Xptxas", "-v",
-                         "-DTEXT3D_ISA=cuda", *cuda_archs(), *exact, *strict]  # fmt: skip
+                         "-DTEXT3D_ISA=cuda", *cuda_archs(), *exact, *strict]
                 compile_edge("nvcc", source, stem, flags)
 
         linker = f"{nvcc} -shared -Xcompiler -fopenmp" if nvcc else f"{cxx} {' '.join(link)}"
@@ -138,7 +138,8 @@ class NinjaBuild(build_ext):
             f"ninja_required_version = 1.5\n"
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
             f"rule nvcc\n  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-            f"rule link\n  command = {linker} $in -o $out\n\n" + "".join(edges) + f"build {output}: link {' '.join(objects)}\n"
+            f"rule link\n  command = {linker} $in -o $out\n\n" + "".join(edges)
+            + f"build {output}: link {' '.join(objects)}\n"
         )
         if not nvcc and not emulate:
             print("text3d-fast: nvcc not found, building for CPUs only (docs/install.md says how to add CUDA)")

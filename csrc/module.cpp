@@ -69,7 +69,6 @@ const char* pick_isa() {
 
 const std::string kIsa = pick_isa();
 
-void assign(bool& field, py::handle value) { field = value.cast<bool>(); }
 template <class T>
 std::enable_if_t<std::is_arithmetic_v<T>> assign(T& field, py::handle value) {
   field = value.cast<T>();

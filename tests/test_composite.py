@@ -48,7 +48,7 @@ def test_matches_reference(case, early_stop, device, generator, poisoned_empty):
     double = dataclasses.replace(samples, t_starts=samples.t_starts.double(), t_ends=samples.t_ends.double())
     with use_backend("reference"):
         expected, expected_grads = gradients(sigma.double(), values.double(), double, early_stop,
-                                             [c.double() for c in cotangents])  # fmt: skip
+                                             [c.double() for c in cotangents])
     # fp32 sums of at most 90 terms of order 1, divided by opacities of order 1
     for got, want in zip((*outputs, *grads), (*expected, *expected_grads)):
         torch.testing.assert_close(got, want.float(), rtol=2e-4, atol=2e-4)

@@ -103,5 +103,5 @@ def table() -> list[dict[str, str]]:
             reasons = {name: reason_against(name, op, device_type) for name in BACKENDS}
             served = next(name for name in BACKENDS if reasons[name] is None)
             rows.append({"op": op, "device": device_type, "served by": served,
-                         "why not others": "; ".join(f"{k}: {v}" for k, v in reasons.items() if v)})  # fmt: skip
+                         "why not others": "; ".join(f"{k}: {v}" for k, v in reasons.items() if v)})
     return rows

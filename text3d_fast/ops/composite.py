@@ -57,7 +57,7 @@ def _forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop):
     outputs = _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop)
     outputs[4].zero_()  # padding of capacity mode belongs to no ray
     native.call("composite_forward", sigma, values, t_starts, t_ends, ray_offsets.contiguous(), *outputs,
-                ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1], early_stop)  # fmt: skip
+                ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1], early_stop)
     return outputs
 
 
@@ -68,17 +68,17 @@ def _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_s
 
 
 def _backward(grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma, values, t_starts,
-              t_ends, ray_offsets, opacity, depth, depth_variance, weights, early_stop):  # fmt: skip
+              t_ends, ray_offsets, opacity, depth, depth_variance, weights, early_stop):
     tensors = [x.contiguous() for x in (grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma,
-                                        values, t_starts, t_ends, ray_offsets, opacity, depth, depth_variance, weights)]  # fmt: skip
+                                        values, t_starts, t_ends, ray_offsets, opacity, depth, depth_variance, weights)]
     outputs = tuple(torch.zeros_like(x) for x in (tensors[5], tensors[6], tensors[7], tensors[8]))
     native.call("composite_backward", *tensors, *outputs, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
-                early_stop)  # fmt: skip
+                early_stop)
     return outputs
 
 
 def _fake_backward(grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma, values, t_starts,
-                   t_ends, *rest):  # fmt: skip
+                   t_ends, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (sigma, values, t_starts, t_ends))
 
 

@@ -10,8 +10,10 @@ from text3d_fast.guidance.prompts import VIEWS, ViewPrompts
 
 def test_views_around_the_object():
     views = ViewPrompts()
-    names = [views.view(0.1, math.radians(a)) for a in (0, 44, 46, 134, 136, 180, 224, 226, 314, 316, -90, 450)]
-    assert names == ["front", "front", "left", "left", "back", "back", "back", "right", "right", "front", "right", "left"]
+    azimuths = (0, 44, 46, 134, 136, 180, 224, 226, 314, 316, -90, 450)
+    names = [views.view(0.1, math.radians(a)) for a in azimuths]
+    expected = "front front left left back back back right right front right left"
+    assert names == expected.split()
     assert views.view(math.radians(61), 0.0) == "overhead" and views.view(math.radians(59), 0.0) == "front"
     assert ViewPrompts(front=30, back=30).view(0.0, math.radians(40)) == "left"
 

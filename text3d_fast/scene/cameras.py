@@ -7,6 +7,7 @@ Y is up, an object's front faces +Z. Azimuth turns from +Z towards +X (0 front, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,7 @@ class Cameras:
         """Some of the cameras: a slice, or a tensor of indices or booleans."""
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        pick = (lambda value: None if value is None else value[rows])
-        return Cameras(self.camera_to_world[rows], self.fov_y[rows], self.height, self.width,
-                       pick(self.elevation), pick(self.azimuth), pick(self.distance))
+        return self._map(lambda value: value[rows])
 
     @property
     def device(self) -> torch.device:
@@ -64,15 +63,18 @@ class Cameras:
 
     @property
     def condition(self) -> Tensor | None:
-        """[B, 3] elevation, azimuth (radians), distance, the form `guidance.Conditions.camera` takes; None if unknown."""
+        """[B, 3] elevation, azimuth (radians), distance as `guidance.Conditions.camera` takes them; None if unknown."""
         if self.elevation is None or self.azimuth is None or self.distance is None:
             return None
         return torch.stack([self.elevation, self.azimuth, self.distance], -1)
 
     def to(self, device: torch.device | str) -> Cameras:
-        move = (lambda value: None if value is None else value.to(device))
-        return Cameras(move(self.camera_to_world), move(self.fov_y), self.height, self.width,
-                       move(self.elevation), move(self.azimuth), move(self.distance))
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
+        fields = (self.camera_to_world, self.fov_y, self.elevation, self.azimuth, self.distance)
+        matrix, fov_y, *known = (None if value is None else function(value) for value in fields)
+        return Cameras(matrix, fov_y, self.height, self.width, *known)
 
     def resized(self, height: int, width: int | None = None) -> Cameras:
         """The same cameras with another number of pixels (width defaults to height)."""
@@ -205,7 +207,7 @@ class CameraDistribution:
 
     def sample(self, count: int, size: int | tuple[int, int], generator: torch.Generator | None = None,
                device: torch.device | str | None = None) -> Cameras:
-        """`count` cameras with images of `size`. The azimuths of one batch are spread: one in each of `count` sectors."""
+        """`count` cameras with images of `size`; the azimuths of a batch are spread, one in each of `count` sectors."""
         source = device if generator is None else generator.device
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:

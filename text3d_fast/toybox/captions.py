@@ -1,6 +1,7 @@
 """The language of Toybox, both ways: a `Description` to a caption, and a prompt to a `Description`.
 
-`canonical("a crimson cup, from behind")` is "a red mug, back view"; unknown words fail with the vocabulary. Conditions of the priors are these canonical captions.
+`canonical("a crimson cup, from behind")` is "a red mug, back view"; unknown words fail with the vocabulary.
+Conditions of the priors are these canonical captions.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def cylinder(
 def frustum(
     center: Sequence[float], bottom: float, top: float, half_height: float, rounding: float = 0.0, axis: str = "y"
 ) -> Solid:
-    """A truncated cone: radius `bottom` at -half_height, `top` at +half_height of its axis; rounding is added outside."""
+    """Truncated cone: radius `bottom` at -half_height, `top` at +half_height of its axis, then rounded outwards."""
     k1, k2 = top - bottom, 2 * half_height
     slope = 1 / (k1 * k1 + k2 * k2)
 

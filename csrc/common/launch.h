@@ -18,6 +18,8 @@
     kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__);    \
     ::text3d::TEXT3D_ISA::check_launch(#kernel);                           \
   } while (0)
+// Shared memory of a block, count elements; through macros so that the emulation can poison it.
+#define TEXT3D_SHARED(type, name, count) __shared__ type name[count]
 #define TEXT3D_DYNAMIC_SHARED(type, name)                     \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* name = reinterpret_cast<type*>(name##_raw)

@@ -15,8 +15,8 @@ def compile_one(job):
     source, arch = job
     exact = ["-fmad=false"] if source.parent.name in EXACT_OPS else []
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-c", "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{CSRC}", "-DTEXT3D_ISA=cuda", "-Xptxas", "-v",
-                   "-Werror", "all-warnings", *exact, str(source), "-o", f"{folder}/out.o"]
+        command = ["nvcc", "-c", "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{CSRC}", "-DTEXT3D_ISA=cuda",
+                   "-Xptxas", "-v", "-Werror", "all-warnings", *exact, str(source), "-o", f"{folder}/out.o"]
         done = subprocess.run(command, capture_output=True, text=True)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
@@ -29,7 +29,8 @@ def main():
     with ThreadPoolExecutor(2) as pool:
         for source, arch, code, registers, spills, log in pool.map(compile_one, jobs):
             name = source.relative_to(CSRC)
-            print(f"{name} sm_{arch}: {len(registers)} kernels, at most {max(registers, default=0)} registers, {spills} bytes spilled")
+            most = max(registers, default=0)
+            print(f"{name} sm_{arch}: {len(registers)} kernels, at most {most} registers, {spills} bytes spilled")
             if code or spills:
                 failed = True
                 print(log)

@@ -1,0 +1,5 @@
+"""Modules that own parameters or state; the ops do their work."""
+
+from text3d_fast.nn.occupancy import OccupancyGrid
+
+__all__ = ["OccupancyGrid"]

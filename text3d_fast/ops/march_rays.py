@@ -1,0 +1,109 @@
+"""Sampling rays where an occupancy grid says there may be something."""
+
+import math
+from typing import Protocol
+
+import torch
+
+from text3d_fast import backends
+from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.registration import define
+from text3d_fast.ops.samples import RaySamples
+from text3d_fast.reference.march_rays import march_rays as reference_march_rays
+
+backends.declare("march_rays")
+
+
+class Occupancy(Protocol):
+    """What `march_rays` needs of an occupancy grid; `nn.OccupancyGrid` is one.
+
+    aabb: float [6] (x, y, z minima, then maxima); level i is the same box scaled by 2^i about its centre
+    binaries: bool [levels, x, y, z], true where there may be something
+    """
+
+    aabb: torch.Tensor
+    binaries: torch.Tensor
+
+
+def march_rays(
+    origins: torch.Tensor,
+    directions: torch.Tensor,
+    occupancy: Occupancy,
+    near: float | torch.Tensor = 0.0,
+    far: float | torch.Tensor = math.inf,
+    step: float = 1e-2,
+    jitter: torch.Tensor | None = None,
+    cone_angle: float = 0.0,
+    capacity: int | None = None,
+) -> RaySamples:
+    """Cut rays into intervals and keep those whose middle lies in an occupied cell.
+
+    origins, directions: float32 [R, 3]; t counts in units of the direction's length, so normally unit vectors.
+    near, far: a number or float32 [R]; the interval of t to sample. far may be infinite: the box ends the ray then.
+    step: length of an interval in t. jitter: None or float32 [R] in [0, 1): intervals start at near + jitter * step
+        instead of near. cone_angle: interval k has the length max(step, cone_angle * t_k).
+    occupancy: `nn.OccupancyGrid`, or anything with `aabb` and `binaries`; a point is looked up in the innermost level
+        that contains it, and is empty outside the outermost.
+    Interval k is [t_k, min(t_{k+1}, far)], with t_k in closed form from k, so that far rays neither stall nor drift;
+    none begins beyond far, and none that begins before far and has its middle in an occupied cell is missing.
+    An axis-parallel ray is fine. Zero directions, near >= far and misses give no samples.
+
+    capacity: None (exact): S is the number of samples; on a GPU one host synchronization to learn it.
+        An int: S = capacity; no synchronization, can be captured in a CUDA graph. If more samples are found, the last
+        are dropped and `overflow` (bool [], on the device) is true; read it when convenient, and allocate more.
+    Returns RaySamples, sorted by ray and by t. Not differentiable: a sample's position is, through `.positions`.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, step <= 0 or cone_angle < 0.
+    NaN or infinite rays: on a CPU ValueError; on a GPU no samples (TEXT3D_CHECK=1: ValueError).
+    """
+    backend = backends.choose("march_rays", origins.device)
+    dtypes = () if backend == "reference" else (torch.float32,)
+    require_tensor("origins", origins, ("rays", 3), *dtypes)
+    rays = origins.shape[0]
+    require_tensor("directions", directions, (rays, 3), *dtypes)
+    binaries, aabb = occupancy.binaries, occupancy.aabb
+    require_tensor("occupancy.binaries", binaries, ("levels", "x", "y", "z"), torch.bool)
+    require_tensor("occupancy.aabb", aabb, (6,), *dtypes)
+    tensors = {"near": near, "far": far, "jitter": jitter}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        require_tensor(name, value, (rays,), *dtypes)
+    require_same_device(origins=origins, directions=directions, binaries=binaries, aabb=aabb, **tensors)
+    if not 0 < step < math.inf:
+        raise ValueError(f"step: expected a positive number, got {step}")
+    if not 0 <= cone_angle < math.inf:
+        raise ValueError(f"cone_angle: expected 0 or a positive number, got {cone_angle}")
+    if capacity is not None and not 0 <= capacity < 2**31:
+        raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
+
+    room = -1 if capacity is None else capacity
+    if backend == "reference":
+        *packed, overflow = reference_march_rays(origins, directions, binaries, aabb, near, far, jitter, step,
+                                                 cone_angle, room)
+    else:
+        near_number, near_tensor = (0.0, near) if isinstance(near, torch.Tensor) else (near, None)
+        far_number, far_tensor = (0.0, far) if isinstance(far, torch.Tensor) else (far, None)
+        *packed, overflow = _march_rays(origins, directions, binaries, aabb, near_tensor, far_tensor, jitter,
+                                        near_number, far_number, step, cone_angle, room)
+    return RaySamples(*packed, overflow=None if capacity is None else overflow)
+
+
+def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):
+    near, far = (near_number if near is None else near), (far_number if far is None else far)
+    return reference_march_rays(origins, directions, binaries, aabb, near, far, jitter, step, cone_angle, capacity)
+
+
+def _fake(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):
+    size = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+    times = [origins.new_empty(size) for _ in range(2)]
+    ids = origins.new_empty(size, dtype=torch.int32)
+    offsets = origins.new_empty(origins.shape[0] + 1, dtype=torch.int32)
+    return ids, *times, offsets, origins.new_empty((), dtype=torch.bool)
+
+
+_march_rays = define(
+    "march_rays(Tensor origins, Tensor directions, Tensor binaries, Tensor aabb, Tensor? near, Tensor? far, "
+    "Tensor? jitter, float near_number, float far_number, float step, float cone_angle, int capacity) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _march,
+    _fake,
+)

@@ -1,5 +1,6 @@
 """Modules that own parameters or state; the ops do their work."""
 
+from text3d_fast.nn.hash_grid import HashGrid
 from text3d_fast.nn.occupancy import OccupancyGrid
 
-__all__ = ["OccupancyGrid"]
+__all__ = ["HashGrid", "OccupancyGrid"]

@@ -1,0 +1,148 @@
+"""What a hash grid looks like: its levels' scales, resolutions, offsets and index rules."""
+
+import functools
+import math
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+DIALECTS = ("tcnn", "ngp")
+KINDS = ("hash", "dense", "tiled")
+INTERPOLATIONS = ("linear", "smoothstep")
+PRIMES = (1, 2654435761, 805459861)
+MAX_LEVELS = 32
+
+
+@dataclass(frozen=True)
+class HashGridSpec:
+    """A multiresolution grid (Mueller et al. 2022, section 3), in the conventions of one of two code bases.
+
+    dim: 2 or 3; features: 1, 2, 4 or 8 per level; levels: 1 to 32; log2_table_size: at most 2^this entries a level.
+    Level l has scale = base_resolution * per_level_scale^l - 1, its position is x * scale + 0.5.
+    kind: "hash" (dense while it fits), "dense" (never hashed, every entry stored) or "tiled" (never hashed, wraps).
+    interpolation: "linear", or "smoothstep" for a continuous gradient.
+    dialect: "tcnn" (tiny-cuda-nn: x outside [0, 1] continues the grid, wrapping) or "ngp" (torch-ngp: output and
+        gradient are zero there; dense levels have one more vertex a side).
+    align_corners: "ngp" only; drops the 0.5.
+    Scales are rounded as float32 host code rounds them, once, here: one ulp in exp2 could change a resolution.
+    """
+
+    dim: int = 3
+    levels: int = 16
+    features: int = 2
+    log2_table_size: int = 19
+    base_resolution: int = 16
+    per_level_scale: float = 2.0
+    kind: str = "hash"
+    interpolation: str = "linear"
+    dialect: str = "tcnn"
+    align_corners: bool = False
+
+    # Derived, one value a level:
+    level_scales: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    level_resolutions: tuple[int, ...] = field(init=False, repr=False, compare=False)  # vertices a side
+    level_offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in entries; levels + 1 values
+    level_hashed: tuple[bool, ...] = field(init=False, repr=False, compare=False)
+    level_strides: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # 0: beyond the table
+    key: str = field(init=False, repr=False, compare=False)  # what ops pass on; `parse` reads it
+
+    def __post_init__(self) -> None:
+        _require_choice("dim", self.dim, (2, 3))
+        _require_choice("features", self.features, (1, 2, 4, 8))
+        _require_choice("kind", self.kind, KINDS)
+        _require_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        _require_choice("dialect", self.dialect, DIALECTS)
+        _require_range("levels", self.levels, 1, MAX_LEVELS)
+        _require_range("log2_table_size", self.log2_table_size, 1, 28)
+        _require_range("base_resolution", self.base_resolution, 1, 1 << 16)
+        if not 1.0 <= self.per_level_scale <= 16.0:
+            raise ValueError(f"per_level_scale: expected 1 to 16, got {self.per_level_scale}")
+        if self.align_corners and self.dialect != "ngp":
+            raise ValueError("align_corners: expected False, as only the ngp dialect has it")
+        scales, resolutions, offsets, hashed, strides = [], [], [0], [], []
+        for level in range(self.levels):
+            scale, resolution, entries = self._level(level)
+            if offsets[-1] + entries > 1 << 30:
+                raise ValueError(f"levels: level {level} of resolution {resolution} needs {entries} entries; "
+                                 f"at most 2^30 in all are supported")
+            vertices = resolution ** self.dim
+            scales.append(scale)
+            resolutions.append(resolution)
+            offsets.append(offsets[-1] + entries)
+            hashed.append(self.kind == "hash" and vertices > entries)
+            steps = [resolution**d for d in range(self.dim)]
+            strides.append(tuple(step if step <= entries else 0 for step in steps))
+        derived = {"level_scales": tuple(scales), "level_resolutions": tuple(resolutions),
+                   "level_offsets": tuple(offsets), "level_hashed": tuple(hashed), "level_strides": tuple(strides)}
+        derived["key"] = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.init)
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def _level(self, level: int) -> tuple[float, int, int]:
+        """scale, vertices a side, entries"""
+        f32 = np.float32
+        exponent = f32(level) * f32(math.log2(f32(self.per_level_scale)))
+        power = f32(2.0 ** float(exponent))
+        scale = f32(f32(power * f32(self.base_resolution)) - f32(1))
+        if self.dialect == "tcnn":
+            resolution = math.ceil(scale) + 1
+            entries = _round_up(resolution**self.dim, 8)
+            if self.kind == "hash":
+                entries = min(entries, 1 << self.log2_table_size)
+            elif self.kind == "tiled":
+                entries = min(entries, self.base_resolution**self.dim)
+        else:
+            resolution = math.ceil(self.base_resolution * self.per_level_scale**level) + (not self.align_corners)
+            entries = resolution**self.dim
+            if self.kind != "dense":
+                entries = min(entries, 1 << self.log2_table_size)
+            entries = _round_up(entries, 8)
+        return float(scale), resolution, entries
+
+    @property
+    def num_params(self) -> int:
+        return self.level_offsets[-1] * self.features
+
+    @property
+    def output_dim(self) -> int:
+        return self.levels * self.features
+
+    @property
+    def offset(self) -> float:
+        """Added to x * scale."""
+        return 0.0 if self.align_corners else 0.5
+
+    @classmethod
+    def with_max_resolution(cls, max_resolution: int, **others) -> "HashGridSpec":
+        """The spec whose finest level has scale `max_resolution` - 1; the other arguments as for HashGridSpec."""
+        levels, base = others.get("levels", cls.levels), others.get("base_resolution", cls.base_resolution)
+        if max_resolution < base:
+            raise ValueError(f"max_resolution: expected at least base_resolution = {base}, got {max_resolution}")
+        growth = 2.0 ** (math.log2(max_resolution / base) / max(levels - 1, 1))
+        return cls(**{**others, "per_level_scale": growth})
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(key: str) -> "HashGridSpec":
+        """The spec that `key` was made from."""
+        kinds = {f.name: type(f.default) for f in fields(HashGridSpec) if f.init}
+        values = {}
+        for item in key.split(","):
+            name, _, text = item.partition("=")
+            kind = kinds[name]
+            values[name] = text == "True" if kind is bool else kind(text.strip("'"))
+        return HashGridSpec(**values)
+
+
+def _require_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _require_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer from {low} to {high}, got {value!r}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -4,18 +4,22 @@ from text3d_fast.ops.composite import Composite, composite
 from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad
 from text3d_fast.ops.interpolate import interpolate
 from text3d_fast.ops.march_rays import march_rays
+from text3d_fast.ops.marching_tets import marching_tets
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
 from text3d_fast.ops.samples import RaySamples
+from text3d_fast.ops.tet_grid import TetGrid
 
 __all__ = [
     "Composite",
     "DepthPeeler",
     "HashGridSpec",
     "RaySamples",
+    "TetGrid",
     "composite",
     "hash_grid",
     "hash_grid_grad",
     "interpolate",
     "march_rays",
+    "marching_tets",
     "rasterize",
 ]

@@ -6,6 +6,12 @@ import torch
 from text3d_fast import ops
 from text3d_fast.reference.marching_tets import marching_tets as reference_marching_tets
 
+
+def positive_tets() -> ops.TetGrid:
+    a15 = ops.TetGrid.a15(8)
+    return ops.TetGrid.from_tets(a15.positions, a15.tets[:, [1, 0, 2, 3]].long())
+
+
 GRIDS = {
     "kuhn 1": lambda: ops.TetGrid.kuhn(1),
     "kuhn 2x3x5": lambda: ops.TetGrid.kuhn((2, 3, 5)),
@@ -13,7 +19,7 @@ GRIDS = {
     "kuhn 3x2x70": lambda: ops.TetGrid.kuhn((3, 2, 70)),  # more than one 64-bit word of signs along z
     "a15 4": lambda: ops.TetGrid.a15(4),
     "a15 12": lambda: ops.TetGrid.a15(12),
-    "tets": lambda: ops.TetGrid.from_tets(ops.TetGrid.a15(8).positions, ops.TetGrid.a15(8).tets[:, [1, 0, 2, 3]].long()),
+    "tets": lambda: positive_tets(),
 }
 
 

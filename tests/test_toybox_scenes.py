@@ -9,6 +9,15 @@ from text3d_fast.toybox import captions, dataset, render, scenes
 from text3d_fast.toybox.objects import CLASSES, COLORS
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operations: threads that wait for one another only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -67,9 +76,9 @@ def test_render_of_a_ball_is_the_analytic_disc():
     # the silhouette of a ball is a cone of half angle asin(r / d)
     disc = math.tan(math.asin(radius / 2.7)) / math.tan(math.radians(20)) * 32
     assert float(image[..., 3].sum()) == pytest.approx(math.pi * disc**2, rel=7e-3)  # hits up to 2.4e-3 off the surface
-    normal = render.render(
-        scene, torch.zeros(1), torch.zeros(1), torch.tensor([2.7]), size=64, style="normal map"
-    )[0, 31:33, 31:33, :3].mean((0, 1))
+    normal = render.render(scene, torch.zeros(1), torch.zeros(1), torch.tensor([2.7]), size=64, style="normal map")[
+        0, 31:33, 31:33, :3
+    ].mean((0, 1))
     assert torch.allclose(normal, torch.tensor([0.5, 0.5, 1.0]), atol=0.01)
 
 

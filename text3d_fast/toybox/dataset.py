@@ -56,8 +56,13 @@ def _random_style(generator: torch.Generator, textureless: float, normal: float)
 
 
 def render_images(
-    count: int, generator: torch.Generator, size: int = 64, front: float = 0.7, textureless: float = 0.08,
-    normal: float = 0.08, two_objects: float = 0.15,
+    count: int,
+    generator: torch.Generator,
+    size: int = 64,
+    front: float = 0.7,
+    textureless: float = 0.08,
+    normal: float = 0.08,
+    two_objects: float = 0.15,
 ) -> tuple[np.ndarray, list[dict]]:
     """Draws `count` random training images: uint8 [count, size, size, 4] and their truths."""
     images, records = [], []

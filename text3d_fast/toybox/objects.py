@@ -225,9 +225,7 @@ def _car(p: dict[str, float], c: Palette) -> list[Part]:
         pillar = ((z + 0.14).abs() < 0.035) | ((z + 0.14).abs() > length * 0.52 - 0.07)
         return band & ~((x.abs() > 0.30) & pillar) & ~((x.abs() > 0.27) & (x.abs() < 0.31))
 
-    wheels = [
-        s.cylinder((i * 0.38, -0.14, k * length * 0.58), wheel, 0.09, 0.03, "x") for i, k in _CORNERS
-    ]
+    wheels = [s.cylinder((i * 0.38, -0.14, k * length * 0.58), wheel, 0.09, 0.03, "x") for i, k in _CORNERS]
     lamps = [s.sphere((i * 0.27, 0.08, length - 0.015), 0.075) for i in (-1, 1)]
     tails = [s.box((i * 0.29, 0.10, -length + 0.01), (0.075, 0.05, 0.03), 0.01) for i in (-1, 1)]
     red = (0.45, 0.02, 0.02) if c.color == "red" else (0.80, 0.05, 0.05)

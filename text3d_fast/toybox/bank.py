@@ -121,7 +121,9 @@ def _render(name: str, scenes: list[Scene], style: str, cameras: torch.Tensor, s
     torch.set_num_threads(1)  # thousands of small operations: on a busy machine several threads wait for one another
     try:
         with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-            task = bar.add_task(f"rendering {name.split('|')[0] or 'the empty caption'}", total=len(cameras) * len(scenes))
+            task = bar.add_task(
+                f"rendering {name.split('|')[0] or 'the empty caption'}", total=len(cameras) * len(scenes)
+            )
             for member, scene in enumerate(scenes):
                 for rows in torch.arange(len(cameras)).split(16):
                     surface = trace(scene, *cameras[rows].unbind(1), size)

@@ -26,6 +26,15 @@ STATIONARY = {("sigma2", "wide"): 1.01462, ("sigma2", "low"): 1.95421,
               ("uniform", "wide"): 1.65493, ("uniform", "low"): 1.97835}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Thousands of small operations: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def stationary_point(weighting: str, time_range: tuple[float, float]) -> float:
     """The zero of the expected gradient between the saddle at 0 and the mode, by bisection."""
     low, high = torch.tensor(0.2).double(), torch.tensor(2.5).double()

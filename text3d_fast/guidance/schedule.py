@@ -134,7 +134,7 @@ class NoiseSchedule:
         if kind == "v_prediction":
             return alpha * prediction + sigma * x_t
         if kind == "sample":
-            return (x_t - alpha * prediction) / sigma.clamp(min=1e-4)
+            return (x_t - alpha * prediction) / sigma.clamp(min=1e-6)
         raise _unknown_kind(kind)
 
     def to_sample(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
@@ -145,7 +145,7 @@ class NoiseSchedule:
         if kind == "v_prediction":
             return alpha * x_t - sigma * prediction
         if kind == "epsilon":
-            return (x_t - sigma * prediction) / alpha.clamp(min=1e-4)
+            return (x_t - sigma * prediction) / alpha.clamp(min=1e-6)
         raise _unknown_kind(kind)
 
     def to_velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from .model_folder import SUPPORTED, ModelError, ModelFolder, brief, locate_configuration, read_folder, safetensors_header
+from .model_folder import (
+    SUPPORTED,
+    ModelError,
+    ModelFolder,
+    brief,
+    locate_configuration,
+    read_folder,
+    safetensors_header,
+)
 
 
 def read_single_file(path: Path, config: str | Path | None = None) -> ModelFolder:

@@ -4,10 +4,10 @@
 // the Params' members in the order of its fields(): addresses (0 for none), numbers, or sequences for fixed arrays.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <array>
 #include <cstdlib>
 #include <string>
 #include "composite/composite.h"
+#include "texture/texture.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
@@ -22,6 +22,8 @@
   /* rasterize, interpolate */                                          \
                                                                         \
   /* texture, antialias */                                              \
+  TEXT3D_ENTRY(texture_forward, TextureParams)                          \
+  TEXT3D_ENTRY(texture_backward, TextureBackwardParams)                 \
 // clang-format on
 
 namespace py = pybind11;
@@ -77,11 +79,11 @@ template <class T>
 void assign(T*& field, py::handle value) {
   field = reinterpret_cast<T*>(value.cast<std::uintptr_t>());
 }
-template <class T, std::size_t N>
-void assign(std::array<T, N>& field, py::handle value) {
+template <class T, int N>
+void assign(Array<T, N>& field, py::handle value) {
   const auto sequence = value.cast<py::sequence>();
-  if (sequence.size() > N) throw std::invalid_argument("at most " + std::to_string(N) + " values fit");
-  for (std::size_t i = 0; i < sequence.size(); ++i) assign(field[i], sequence[i]);
+  if (sequence.size() > std::size_t(N)) throw std::invalid_argument("at most " + std::to_string(N) + " values fit");
+  for (std::size_t i = 0; i < sequence.size(); ++i) assign(field.data[i], sequence[i]);
 }
 
 template <class Params>

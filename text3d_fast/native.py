@@ -40,20 +40,25 @@ def cpu_isa() -> str:
 def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | None) -> None:
     """Run entry point `name` with its Params' fields in order, on the device that the tensors are on.
 
+    A sequence (of tensors or numbers) fills a fixed array; None is a null pointer.
     Tensors must be contiguous and of the dtype that the Params declare; the ops see to both.
     """
     device: torch.device | None = None
-    flat = []
-    for field in fields:
+
+    def flatten(field):
+        nonlocal device
         if isinstance(field, torch.Tensor):
             if not field.is_contiguous():
                 raise RuntimeError(f"{name}: a tensor of shape {tuple(field.shape)} is not contiguous")
             if device is not None and device != field.device:
                 raise ValueError(f"{name}: all tensors must be on one device, got {device} and {field.device}")
             device = field.device
-            flat.append(field.data_ptr())
-        else:
-            flat.append(0 if field is None else field)
+            return field.data_ptr()
+        if isinstance(field, (list, tuple)):
+            return [flatten(f) for f in field]
+        return 0 if field is None else field
+
+    flat = [flatten(field) for field in fields]
     if device is None:
         raise RuntimeError(f"{name}: no tensor among its fields")
     if device.type == "cpu":

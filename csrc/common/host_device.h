@@ -30,6 +30,16 @@ namespace text3d {
 struct half_t { uint16_t bits; };
 struct bfloat16_t { uint16_t bits; };
 
+// A fixed array inside Params, readable on every machine (std::array is not, in device code).
+template <class T, int N>
+struct Array {
+  T data[N];
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      __attribute__((always_inline)) const T& operator[](int i) const { return data[i]; }
+};
+
 namespace TEXT3D_ISA {
 
 TEXT3D_HD float bits_to_float(uint32_t bits) {

@@ -8,6 +8,7 @@ from text3d_fast.ops.marching_tets import marching_tets
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.ops.tet_grid import TetGrid
+from text3d_fast.ops.texture import mip_stack, texture
 
 __all__ = [
     "Composite",
@@ -21,5 +22,7 @@ __all__ = [
     "interpolate",
     "march_rays",
     "marching_tets",
+    "mip_stack",
     "rasterize",
+    "texture",
 ]

@@ -11,6 +11,12 @@ import torch
 _library = torch.library.Library("text3d", "DEF")
 
 
+def _needs_grad(argument) -> bool:
+    if isinstance(argument, torch.Tensor):
+        return argument.requires_grad
+    return isinstance(argument, (list, tuple)) and any(map(_needs_grad, argument))
+
+
 def define(
     schema: str,
     implementation: Callable,
@@ -34,7 +40,7 @@ def define(
     if autograd is not None:
 
         def differentiable(*args):
-            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            if torch.is_grad_enabled() and any(map(_needs_grad, args)):
                 return autograd.apply(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)

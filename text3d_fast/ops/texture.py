@@ -1,0 +1,192 @@
+"""Texture sampling with mipmaps and seamless cube maps."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from text3d_fast import backends, native
+from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.registration import define
+from text3d_fast.reference.texture import BOUNDARIES, FILTERS, downsample
+from text3d_fast.reference.texture import texture as reference_texture
+
+MAX_MIPS = 16
+backends.declare("texture")
+
+
+def mip_stack(
+    tex: torch.Tensor, max_mip_level: int | None = None, *, boundary_mode: str = "wrap"
+) -> list[torch.Tensor]:
+    """Levels 1, 2, ... of a texture [B, H, W, C] (cube: [B, 6, N, N, C]), each the 2 x 2 mean of the one before.
+
+    Built once, it can be passed as `mip` to many `texture` calls; gradients flow through it to `tex`.
+    Raises ValueError where a side greater than 1 is odd, unless max_mip_level stops before it.
+    """
+    levels, current = [], tex
+    limit = MAX_MIPS - 1 if max_mip_level is None else min(max_mip_level, MAX_MIPS - 1)
+    while len(levels) < limit and max(current.shape[-3:-1]) > 1:
+        height, width = current.shape[-3:-1]
+        if (height > 1 and height % 2) or (width > 1 and width % 2):
+            raise ValueError(f"tex: expected even sides for mip level {len(levels) + 1}, got {height} x {width}; "
+                             f"pass max_mip_level={len(levels)} to stop there")
+        current = downsample(current)
+        levels.append(current)
+    if boundary_mode == "cube" and tex.dim() != 5:
+        raise ValueError(f"tex: expected shape [batch, 6, size, size, channels], got {list(tex.shape)}")
+    return levels
+
+
+def texture(
+    tex: torch.Tensor,
+    uv: torch.Tensor,
+    uv_da: torch.Tensor | None = None,
+    mip_level_bias: torch.Tensor | None = None,
+    mip: Sequence[torch.Tensor] | None = None,
+    filter_mode: str = "auto",
+    boundary_mode: str = "wrap",
+    max_mip_level: int | None = None,
+) -> torch.Tensor:
+    """Sample a texture.
+
+    tex: float32 [B or 1, H, W, C], or [B or 1, 6, N, N, C] with boundary_mode "cube" (faces +X -X +Y -Y +Z -Z in
+    OpenGL's orientation). uv: [B, h, w, 2]; texel (i, j) is centred at ((i + 0.5) / W, (j + 0.5) / H). For a cube, uv
+    are directions [B, h, w, 3] of any length. uv_da: image-space derivatives as `interpolate` gives them,
+    [B, h, w, 4] (cube: 6). mip_level_bias: [B, h, w]. mip: levels 1, 2, ... of your own, or `mip_stack(tex)`.
+    filter_mode: nearest, linear, linear-mipmap-nearest, linear-mipmap-linear, or auto: the last if uv_da or
+    mip_level_bias is given, otherwise linear. boundary_mode: wrap, clamp, zero or cube (seamless; a missing corner
+    texel is the mean of the other three).
+    Level = log2 of the longer axis of the pixel's footprint in texels (Heckbert 1989) + bias, clamped to the stack.
+    Returns [B, h, w, C]. Gradients: nearest to tex; linear and linear-mipmap-nearest to tex and uv;
+    linear-mipmap-linear to tex (or each level of a custom stack), uv, uv_da and mip_level_bias. First order.
+    On a CPU the gradients are bitwise deterministic. No host synchronization on a GPU.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices and modes, on a CPU for NaN coordinates too (on a
+    GPU those give 0, and raise under TEXT3D_CHECK=1).
+    """
+    if boundary_mode not in BOUNDARIES:
+        raise ValueError(f"boundary_mode: expected one of {', '.join(BOUNDARIES)}, got {boundary_mode!r}")
+    if filter_mode == "auto":
+        filter_mode = "linear" if uv_da is None and mip_level_bias is None else "linear-mipmap-linear"
+    if filter_mode not in FILTERS:
+        raise ValueError(f"filter_mode: expected auto or one of {', '.join(FILTERS)}, got {filter_mode!r}")
+    cube = boundary_mode == "cube"
+    if max_mip_level is not None and max_mip_level < 0:
+        raise ValueError(f"max_mip_level: expected at least 0, got {max_mip_level}")
+
+    require_tensor("uv", uv, ("batch", "height", "width", 3 if cube else 2))
+    backend = backends.choose("texture", uv.device)
+    dtypes = () if backend == "reference" else (torch.float32,)
+    require_tensor("uv", uv, ("batch", "height", "width", 3 if cube else 2), *dtypes)
+    batch, height, width, axes = uv.shape
+    shape = ("batch", 6, "size", "size", "channels") if cube else ("batch", "height", "width", "channels")
+    require_tensor("tex", tex, shape, *dtypes)
+    if tex.shape[0] not in (1, batch):
+        raise ValueError(f"tex: expected a batch of 1 or {batch}, got {tex.shape[0]}")
+    if cube and tex.shape[2] != tex.shape[3]:
+        raise ValueError(f"tex: expected square cube faces, got {tex.shape[2]} x {tex.shape[3]}")
+    if 0 in tex.shape[-3:-1]:
+        raise ValueError(f"tex: expected at least one texel, got shape {list(tex.shape)}")
+    mips = [tex]
+    if "mipmap" in filter_mode:
+        if uv_da is None and mip_level_bias is None:
+            raise ValueError(f"uv_da: filter_mode {filter_mode} needs uv_da or mip_level_bias, got neither")
+        mips += list(mip) if mip is not None else mip_stack(tex, max_mip_level, boundary_mode=boundary_mode)
+        if len(mips) > MAX_MIPS:
+            raise ValueError(f"mip: expected at most {MAX_MIPS - 1} levels, got {len(mips) - 1}")
+        if max_mip_level is not None:
+            mips = mips[: max_mip_level + 1]
+        for i, level in enumerate(mips[1:], 1):
+            require_tensor(f"mip[{i - 1}]", level, (*shape[:-1], tex.shape[-1]), *dtypes)
+        if uv_da is not None:
+            require_tensor("uv_da", uv_da, (batch, height, width, 2 * axes), *dtypes)
+        if mip_level_bias is not None:
+            require_tensor("mip_level_bias", mip_level_bias, (batch, height, width), *dtypes)
+    else:
+        uv_da = mip_level_bias = None
+    stack = {f"mips[{i}]": level for i, level in enumerate(mips)}
+    require_same_device(uv=uv, uv_da=uv_da, mip_level_bias=mip_level_bias, **stack)
+    if backend == "reference":
+        return reference_texture(mips, uv, uv_da, mip_level_bias, filter_mode, boundary_mode)
+    return _texture(mips, uv, uv_da, mip_level_bias, FILTERS.index(filter_mode), BOUNDARIES.index(boundary_mode))
+
+
+def _levels(mips):
+    heights, widths = [m.shape[-3] for m in mips], [m.shape[-2] for m in mips]
+    return heights, widths, [int(m.shape[0] > 1) for m in mips]
+
+
+def _contiguous(x):
+    return None if x is None else x.contiguous()
+
+
+def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
+    mips = [m.contiguous() for m in mips]
+    out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode)
+    watched = uv.device.type == "cpu" or os.environ.get("TEXT3D_CHECK") == "1"
+    bad = torch.zeros(1, dtype=torch.int32, device=uv.device) if watched else None
+    native.call("texture_forward", mips, *_levels(mips), uv.contiguous(), _contiguous(uv_da), _contiguous(bias), out,
+                uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode, bad)
+    if watched and bad.item():
+        raise ValueError("uv: expected finite coordinates (and directions other than 0), got NaN, infinity or 0")
+    return out
+
+
+def _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
+    return uv.new_empty(*uv.shape[:3], mips[0].shape[-1])
+
+
+def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted):
+    mips, uv = [m.contiguous() for m in mips], uv.contiguous()
+    grad_mips, *others = _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted)
+    for g in grad_mips:
+        g.zero_()
+    fields = [g if g.numel() else None for g in others]
+    native.call("texture_backward", grad.contiguous(), mips, *_levels(mips), uv, _contiguous(uv_da), _contiguous(bias),
+                [g if w else None for g, w in zip(grad_mips, wanted[3:])], *fields,
+                uv.shape[0], uv.shape[1] * uv.shape[2], grad.shape[3], len(mips), filter_mode, boundary_mode)
+    return grad_mips, *others
+
+
+def _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted):
+    grad_mips = [torch.empty_like(m) if w else m.new_empty(0) for m, w in zip(mips, wanted[3:])]
+    shapes = [x.shape if w and x is not None else (0,) for x, w in zip((uv, uv_da, bias), wanted)]
+    return grad_mips, *(uv.new_empty(shape) for shape in shapes)
+
+
+class _Texture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, uv, uv_da, bias, filter_mode, boundary_mode, *mips):
+        ctx.save_for_backward(uv, uv_da, bias, *mips)
+        ctx.modes = filter_mode, boundary_mode
+        return _texture(list(mips), uv, uv_da, bias, filter_mode, boundary_mode)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        uv, uv_da, bias, *mips = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:]]
+        grad_mips, *others = _texture_backward(grad, mips, uv, uv_da, bias, *ctx.modes, wanted)
+        chosen = [g if w else None for g, w in zip((*others, *grad_mips), wanted)]
+        return *chosen[:3], None, None, *chosen[3:]
+
+
+class _Entry:
+    """autograd.Function follows tensors, not lists of them: spread the stack out."""
+
+    @staticmethod
+    def apply(mips, uv, uv_da, bias, filter_mode, boundary_mode):
+        return _Texture.apply(uv, uv_da, bias, filter_mode, boundary_mode, *mips)
+
+
+_texture = define(
+    "texture(Tensor[] mips, Tensor uv, Tensor? uv_da, Tensor? bias, int filter_mode, int boundary_mode) -> Tensor",
+    _forward,
+    _fake_forward,
+    _Entry,
+)
+_texture_backward = define(
+    "texture_backward(Tensor grad, Tensor[] mips, Tensor uv, Tensor? uv_da, Tensor? bias, int filter_mode, "
+    "int boundary_mode, bool[] wanted) -> (Tensor[], Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -97,6 +97,15 @@ def test_edges_are_unique_and_sorted(grid):
     assert (edges[:, 0] < edges[:, 1]).all() and (keys.diff() > 0).all()
     pairs = grid.tets[:, [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]].long().sort(-1).values
     assert torch.equal(edges[rows], pairs)
+    assert torch.equal(rows.unique(), torch.arange(len(edges), device=grid.device))
+
+
+def test_crossing_edges_hold_the_vertices(grid, generator):
+    sdf = noise(grid, generator)
+    vertices, _ = ops.marching_tets(grid.positions, sdf, grid)
+    a, b = grid.positions[grid.crossing_edges(sdf).long()].unbind(1)
+    off_line = torch.linalg.cross(vertices - a, b - a).norm(dim=-1)
+    assert len(a) == len(vertices) and (off_line < 1e-6).all()
 
 
 def test_a_single_tet_has_kaolin_s_faces(device):

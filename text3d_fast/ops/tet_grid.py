@@ -124,7 +124,29 @@ class TetGrid:
 
     @cached_property
     def edges(self) -> torch.Tensor:
+        if self.kind == "kuhn":
+            return self._kuhn_edges()
         return self._connectivity[0]
+
+    def _kuhn_edges(self) -> torch.Tensor:
+        """Each vertex has an edge to the corner at every other corner of the cube above it, where there is one."""
+        size = [n + 1 for n in self.resolution]
+        strides = (size[1] * size[2], size[2], 1)
+        corners = [(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)][1:]  # ascending steps: lexicographic
+        exists = torch.ones(*size, 7, dtype=torch.bool, device=self.device)
+        for i, corner in enumerate(corners):
+            for axis, step in enumerate(corner):
+                if step:
+                    exists.select(axis, size[axis] - 1)[..., i] = False
+        low, corner = exists.view(-1, 7).nonzero().int().unbind(-1)
+        steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32)
+        return torch.stack([low, low + steps.to(self.device)[corner.long()]], -1)
+
+    def crossing_edges(self, sdf: torch.Tensor) -> torch.Tensor:
+        """int32 [N, 2]: the edges (smaller, larger vertex) on which `marching_tets` puts its vertices, in its order."""
+        inside = sdf > 0
+        low, high = self.edges.long().unbind(-1)
+        return self.edges[inside[low] != inside[high]]
 
     @cached_property
     def tet_edges(self) -> torch.Tensor:

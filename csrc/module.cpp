@@ -8,12 +8,15 @@
 #include <string>
 #include "composite/composite.h"
 #include "texture/texture.h"
+#include "march_rays/march_rays.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
   /* hash_grid */                                                       \
                                                                         \
   /* occupancy, march, composite */                                     \
+  TEXT3D_ENTRY(march_rays_count, MarchRaysParams)                       \
+  TEXT3D_ENTRY(march_rays_emit, MarchRaysParams)                        \
   TEXT3D_ENTRY(composite_forward, CompositeForwardParams)               \
   TEXT3D_ENTRY(composite_backward, CompositeBackwardParams)             \
                                                                         \

@@ -1,17 +1,19 @@
 """Sampling rays where an occupancy grid says there may be something."""
 
 import math
+import os
 from typing import Protocol
 
 import torch
 
-from text3d_fast import backends
+from text3d_fast import backends, native
 from text3d_fast.ops.checks import require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.reference.march_rays import march_rays as reference_march_rays
 
 backends.declare("march_rays")
+_RAY_BYTES, _RUNS_BYTES = 64, 200  # at least sizeof(MarchRay) and sizeof(MarchRuns), checked in the .cpp
 
 
 class Occupancy(Protocol):
@@ -88,8 +90,41 @@ def march_rays(
 
 
 def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):
-    near, far = (near_number if near is None else near), (far_number if far is None else far)
-    return reference_march_rays(origins, directions, binaries, aabb, near, far, jitter, step, cone_angle, capacity)
+    device, rays = origins.device, origins.shape[0]
+    levels, x, y, z = binaries.shape
+    inputs = [None if t is None else t.contiguous() for t in (origins, directions, binaries, aabb, near, far, jitter)]
+
+    def scratch(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    on_cpu = device.type == "cpu"
+    bits = scratch((levels * x * y * z + 31) // 32, torch.int32)
+    blocks = scratch(levels * -(-x // 8) * -(-y // 8) * -(-z // 8)) if on_cpu else None
+    states, runs = scratch(rays * _RAY_BYTES), scratch(rays * _RUNS_BYTES) if on_cpu else None
+    offsets, info = scratch(rays + 1, torch.int32), scratch(4, torch.int64)
+    overflow = torch.empty((), dtype=torch.bool, device=device)
+
+    def call(entry: str, room: int, ids=None, starts=None, ends=None) -> None:
+        native.call(entry, *inputs, bits, blocks, states, runs, offsets, info, overflow, ids, starts, ends, rays, room,
+                    levels, x, y, z, near_number, far_number, step, cone_angle)
+
+    call("march_rays_count", capacity)
+    exact = capacity < 0
+    if exact or on_cpu or os.environ.get("TEXT3D_CHECK") == "1":
+        found, not_finite, too_many_steps, too_many_samples = info.tolist()
+        if not_finite and (on_cpu or os.environ.get("TEXT3D_CHECK") == "1"):
+            raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, and jitter in "
+                             "[0, 1); some ray has other values")
+        if too_many_steps:
+            raise ValueError(f"step: {step} cuts the part of some ray inside the box into more than 2^24 intervals")
+        if too_many_samples:
+            raise ValueError(f"march_rays: {found} samples, but at most 2^31 - 1 fit; increase step or split the rays")
+    else:
+        found = 0
+    size = found if exact else capacity
+    ids, starts, ends = scratch(size, torch.int32), origins.new_empty(size), origins.new_empty(size)
+    call("march_rays_emit", size, ids, starts, ends)
+    return ids, starts, ends, offsets, overflow
 
 
 def _fake(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):

@@ -46,4 +46,11 @@ def define(
                 return op(*args)
 
         _library.impl(name, differentiable, "Autograd")
+    else:
+
+        def constant(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        _library.impl(name, constant, "Autograd")
     return op

@@ -60,7 +60,7 @@ class DiffusionPrior:
         tiny_autoencoder: str | Path | None = None,
         config: str | Path | None = None,
         decoder: bool = False,
-        channels_last: bool | None = None,
+        channels_last: bool = True,
     ) -> DiffusionPrior:
         """Load a model.
 
@@ -72,7 +72,7 @@ class DiffusionPrior:
         config            for a single file: a folder (or hub id) of its family with the configurations and the
                           tokenizer; otherwise diffusers fetches them from the hub
         decoder           keep the VAE's decoder, for `decode`
-        channels_last     memory format of the networks; on CUDA by default
+        channels_last     memory format of the networks: a tenth faster on a CPU too
 
         Raises ModelError, with what to do, if the model is missing, broken or not of a supported kind.
         """
@@ -96,7 +96,7 @@ class DiffusionPrior:
             if not decoder:
                 vae.decoder = None
         unet = unet.to(device)
-        if device.type == "cuda" if channels_last is None else channels_last:
+        if channels_last:
             unet = unet.to(memory_format=torch.channels_last)
             vae = vae if vae is None else vae.to(memory_format=torch.channels_last)
         texts = TextEmbeddings(lambda: load_text(folder, device, dtype), device, dtype)

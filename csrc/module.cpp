@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <cstdlib>
 #include <string>
+#include "antialias/antialias.h"
 #include "composite/composite.h"
 #include "texture/texture.h"
 #include "march_rays/march_rays.h"
@@ -25,6 +26,8 @@
   /* rasterize, interpolate */                                          \
                                                                         \
   /* texture, antialias */                                              \
+  TEXT3D_ENTRY(antialias_forward, AntialiasParams)                      \
+  TEXT3D_ENTRY(antialias_backward, AntialiasBackwardParams)             \
   TEXT3D_ENTRY(texture_forward, TextureParams)                          \
   TEXT3D_ENTRY(texture_backward, TextureBackwardParams)                 \
 // clang-format on

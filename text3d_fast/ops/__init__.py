@@ -1,5 +1,6 @@
 """Differentiable ops. Each runs on a CPU and on CUDA, and has a plain torch twin in `text3d_fast.reference`."""
 
+from text3d_fast.ops.antialias import antialias, antialias_topology
 from text3d_fast.ops.composite import Composite, composite
 from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad
 from text3d_fast.ops.interpolate import interpolate
@@ -16,6 +17,8 @@ __all__ = [
     "HashGridSpec",
     "RaySamples",
     "TetGrid",
+    "antialias",
+    "antialias_topology",
     "composite",
     "hash_grid",
     "hash_grid_grad",

@@ -1,0 +1,197 @@
+// Analytic antialiasing of silhouettes (Laine et al. 2020, section 3.6), from text3d_fast/reference/antialias.py.
+//
+// Neighbouring pixels p0, p1 (to the right, or in the next row) with different triangle ids are blended where a
+// silhouette edge of the nearer triangle crosses between their centres, by how far it reaches past the middle.
+#pragma once
+#include "common/triangle_id.h"
+
+namespace text3d {
+
+struct AntialiasParams {
+  const float* color;       // [B, H, W, C]
+  const float* rast;        // [B, H, W, 4]
+  const float* pos;         // [B or 1, V, 4]
+  const int32_t* tri;       // [F, 3]
+  const int32_t* opposite;  // [F, 3], vertex across edge k (from corner k + 1 to k + 2), or -1
+  float* out;               // [B, H, W, C]
+  int64_t batch, pos_batch, height, width, vertices, faces;
+  int32_t channels;
+  auto fields() {
+    return std::tie(color, rast, pos, tri, opposite, out, batch, pos_batch, height, width, vertices, faces, channels);
+  }
+};
+
+struct AntialiasBackwardParams {
+  const float* grad_out;    // [B, H, W, C]
+  const float* color;       // these as in AntialiasParams
+  const float* rast;
+  const float* pos;
+  const int32_t* tri;
+  const int32_t* opposite;
+  float* grad_color;        // [B, H, W, C] or null
+  float* grad_pos;          // like pos, zeroed; or null
+  int64_t batch, pos_batch, height, width, vertices, faces;
+  int32_t channels;
+  float boost;
+  auto fields() {
+    return std::tie(grad_out, color, rast, pos, tri, opposite, grad_color, grad_pos, batch, pos_batch, height, width,
+                    vertices, faces, channels, boost);
+  }
+};
+
+namespace TEXT3D_ISA {
+
+constexpr float kSlack = 1.f / 16.f;        // a crossing this far beyond either centre still counts, in pixels
+constexpr float kSmallestSpan = 1e-3f;      // the gradient treats shorter edges as this long across the pair
+
+// A vertex relative to a pixel centre, homogeneous, in pixels: along the pair, across it, w.
+struct Relative { float along, across, w; };
+
+TEXT3D_HD float side(const Relative& a, const Relative& b, const Relative& c) {
+  return (a.across * b.w - a.w * b.across) * c.along + (a.w * b.along - a.along * b.w) * c.across +
+         (a.along * b.across - a.across * b.along) * c.w;
+}
+
+struct Pair {
+  float alpha;     // 0: nothing to blend
+  bool movable;    // alpha changes with the crossing
+  int32_t a, b;    // the edge's vertices
+  float x0, y0;    // the chosen pixel's centre, in pixels
+};
+
+template <class Params>
+TEXT3D_HD Relative relative(const Params& p, int64_t image, int32_t vertex, float x0, float y0, int axis) {
+  const float* v = p.pos + ((p.pos_batch > 1 ? image * p.vertices : 0) + vertex) * 4;
+  const float x = (v[0] + v[3]) * (0.5f * float(p.width)) - v[3] * x0;
+  const float y = (v[1] + v[3]) * (0.5f * float(p.height)) - v[3] * y0;
+  return axis == 0 ? Relative{x, y, v[3]} : Relative{y, x, v[3]};
+}
+
+// Pixel p0 = (row, column) and its neighbour along the axis (0: to the right, 1: next row), which must exist.
+template <class Params>
+TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column, int axis) {
+  Pair pair{0.f, false, 0, 0, 0.f, 0.f};
+  const int64_t first = (image * p.height + row) * p.width + column, second = first + (axis == 0 ? 1 : p.width);
+  const float* r0 = p.rast + 4 * first;
+  const float* r1 = p.rast + 4 * second;
+  if (float_to_bits(r0[3]) == float_to_bits(r1[3])) return pair;
+  const int32_t id0 = decode_triangle_id(r0[3]), id1 = decode_triangle_id(r1[3]);
+  const bool take0 = id1 < 0 || (id0 >= 0 && r0[2] < r1[2]);
+  const int64_t face = take0 ? id0 : id1;
+  if (face < 0 || face >= p.faces) return pair;
+  pair.x0 = float(column + (axis == 0 && !take0)) + 0.5f;
+  pair.y0 = float(row + (axis == 1 && !take0)) + 0.5f;
+  const int32_t* corner = p.tri + 3 * face;
+  Relative v[3];
+  for (int k = 0; k < 3; ++k) v[k] = relative(p, image, corner[k], pair.x0, pair.y0, axis);
+  const float sign = take0 ? 1.f : -1.f;
+  float best = -1e30f;
+  TEXT3D_UNROLL
+  for (int k = 0; k < 3; ++k) {
+    const Relative &a = v[(k + 1) % 3], &b = v[(k + 2) % 3];
+    if (!(a.w > 0.f && b.w > 0.f)) continue;
+    const float across_a = a.across / a.w, across_b = b.across / b.w;
+    if ((across_a < 0.f) == (across_b < 0.f)) continue;
+    const float along_a = a.along / a.w, along_b = b.along / b.w, span = across_b - across_a;
+    if (!(fabsf(span) >= fabsf(along_b - along_a))) continue;
+    const int32_t other = p.opposite[3 * face + k];
+    const Relative across = other >= 0 ? relative(p, image, other, pair.x0, pair.y0, axis) : v[k];
+    if (!(side(a, b, v[k]) * side(a, b, across) > 0.f)) continue;
+    const float crossing = sign * (along_a - across_a * (along_b - along_a) / span);
+    if (crossing > best) best = crossing, pair.a = corner[(k + 1) % 3], pair.b = corner[(k + 2) % 3];
+  }
+  if (!(best > -kSlack && best < 1.f + kSlack)) return pair;
+  pair.movable = best > 0.f && best < 1.f;
+  pair.alpha = sign * (0.5f - clamp(best, 0.f, 1.f));
+  return pair;
+}
+
+struct AntialiasPixel {
+  AntialiasParams p;
+
+  TEXT3D_HD void mix(float* out, float alpha, int64_t first, int64_t second) const {
+    for (int c = 0; c < p.channels; ++c)
+      out[c] += alpha * (p.color[second * p.channels + c] - p.color[first * p.channels + c]);
+  }
+
+  // Each pixel gathers from its four pairs: no atomics, one order of summation.
+  TEXT3D_HD void operator()(int64_t i) const {
+    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
+    float* out = p.out + i * p.channels;
+    for (int c = 0; c < p.channels; ++c) out[c] = p.color[i * p.channels + c];
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t step = axis == 0 ? 1 : p.width;
+      if (axis == 0 ? column + 1 < p.width : row + 1 < p.height) {
+        const float alpha = blend(p, image, row, column, axis).alpha;
+        if (alpha > 0.f) mix(out, alpha, i, i + step);
+      }
+      if (axis == 0 ? column > 0 : row > 0) {
+        const float alpha = blend(p, image, row - (axis == 1), column - (axis == 0), axis).alpha;
+        if (alpha < 0.f) mix(out, alpha, i - step, i);
+      }
+    }
+  }
+};
+
+struct AntialiasColorGradient {
+  AntialiasBackwardParams p;
+
+  TEXT3D_HD void operator()(int64_t i) const {
+    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
+    float* out = p.grad_color + i * p.channels;
+    for (int c = 0; c < p.channels; ++c) out[c] = p.grad_out[i * p.channels + c];
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t step = axis == 0 ? 1 : p.width;
+      if (axis == 0 ? column + 1 < p.width : row + 1 < p.height) {
+        const float alpha = blend(p, image, row, column, axis).alpha;
+        const float* g = p.grad_out + (alpha > 0.f ? i : i + step) * p.channels;
+        for (int c = 0; alpha != 0.f && c < p.channels; ++c) out[c] -= alpha * g[c];
+      }
+      if (axis == 0 ? column > 0 : row > 0) {
+        const float alpha = blend(p, image, row - (axis == 1), column - (axis == 0), axis).alpha;
+        const float* g = p.grad_out + (alpha > 0.f ? i - step : i) * p.channels;
+        for (int c = 0; alpha != 0.f && c < p.channels; ++c) out[c] += alpha * g[c];
+      }
+    }
+  }
+};
+
+struct AntialiasPositionGradient {
+  AntialiasBackwardParams p;
+
+  // d crossing, along and across the pair, to x, y, w of one vertex.
+  TEXT3D_HD void scatter(int64_t image, int32_t vertex, float d_along, float d_across, const Pair& pair, int axis) const {
+    const Relative v = relative(p, image, vertex, pair.x0, pair.y0, axis);
+    const float dx = (axis == 0 ? d_along : d_across) / v.w, dy = (axis == 0 ? d_across : d_along) / v.w;
+    const float x = (axis == 0 ? v.along : v.across) / v.w, y = (axis == 0 ? v.across : v.along) / v.w;
+    const float half_width = 0.5f * float(p.width), half_height = 0.5f * float(p.height);
+    float* g = p.grad_pos + ((p.pos_batch > 1 ? image * p.vertices : 0) + vertex) * 4;
+    atomic_add(g, p.boost * dx * half_width);
+    atomic_add(g + 1, p.boost * dy * half_height);
+    atomic_add(g + 3, p.boost * (dx * (half_width - pair.x0 - x) + dy * (half_height - pair.y0 - y)));
+  }
+
+  TEXT3D_HD void operator()(int64_t i) const {
+    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
+    for (int axis = 0; axis < 2; ++axis) {
+      if (axis == 0 ? column + 1 >= p.width : row + 1 >= p.height) continue;
+      const Pair pair = blend(p, image, row, column, axis);
+      if (!pair.movable) continue;
+      const int64_t second = i + (axis == 0 ? 1 : p.width), target = pair.alpha > 0.f ? i : second;
+      float d_alpha = 0.f;
+      for (int c = 0; c < p.channels; ++c)
+        d_alpha += p.grad_out[target * p.channels + c] * (p.color[second * p.channels + c] - p.color[i * p.channels + c]);
+      const Relative a = relative(p, image, pair.a, pair.x0, pair.y0, axis), b = relative(p, image, pair.b, pair.x0, pair.y0, axis);
+      const float along = b.along / b.w - a.along / a.w, across_a = a.across / a.w, raw = b.across / b.w - across_a;
+      const bool short_edge = fabsf(raw) < kSmallestSpan;
+      const float span = short_edge ? (raw < 0.f ? -kSmallestSpan : kSmallestSpan) : raw;
+      const float ratio = across_a / span, d_crossing = -d_alpha;  // alpha = +-1/2 - crossing
+      const float d_span = short_edge ? 0.f : d_crossing * ratio * along / span;
+      scatter(image, pair.a, d_crossing * (1.f + ratio), -d_crossing * along / span - d_span, pair, axis);
+      scatter(image, pair.b, -d_crossing * ratio, d_span, pair, axis);
+    }
+  }
+};
+
+}  // namespace TEXT3D_ISA
+}  // namespace text3d

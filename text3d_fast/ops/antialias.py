@@ -1,0 +1,116 @@
+"""Analytic antialiasing of silhouettes, which makes visibility differentiable."""
+
+import torch
+
+from text3d_fast import backends, native
+from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.registration import define
+from text3d_fast.reference.antialias import antialias as reference_antialias
+from text3d_fast.reference.antialias import opposite_vertices
+
+backends.declare("antialias")
+
+
+def antialias_topology(tri: torch.Tensor) -> torch.Tensor:
+    """Which vertex lies across each edge: int32 [F, 3] -> int32 [F, 3], -1 at a boundary.
+
+    Depends on the indices only: compute it once for a mesh and pass it to `antialias`. Vertices that coincide but have
+    different indices do not connect their triangles. No host synchronization beyond finding the largest index.
+    """
+    require_tensor("tri", tri, ("triangles", 3), torch.int32)
+    return opposite_vertices(tri)
+
+
+def antialias(
+    color: torch.Tensor,
+    rast: torch.Tensor,
+    pos: torch.Tensor,
+    tri: torch.Tensor,
+    topology: torch.Tensor | None = None,
+    pos_gradient_boost: float = 1.0,
+) -> torch.Tensor:
+    """Blend neighbouring pixels where a silhouette crosses between their centres (Laine et al. 2020, section 3.6).
+
+    color: float32 [B, H, W, C]; rast, pos, tri: as given to and returned by `rasterize` (pos [B, V, 4] or [V, 4]).
+    topology: `antialias_topology(tri)`, computed here if None. pos_gradient_boost multiplies the gradient to pos.
+    Returns [B, H, W, C]. Gradients to color, and to x, y, w of pos through the blend weights: this is what moves a
+    silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, and on a CPU for vertex indices out of range.
+    """
+    require_tensor("rast", rast, ("batch", "height", "width", 4))
+    backend = backends.choose("antialias", rast.device)
+    dtypes = () if backend == "reference" else (torch.float32,)
+    batch, height, width, _ = rast.shape
+    require_tensor("rast", rast, (batch, height, width, 4), *dtypes)
+    require_tensor("color", color, (batch, height, width, "channels"), *dtypes)
+    require_tensor("tri", tri, ("triangles", 3), torch.int32)
+    instanced = pos.dim() == 3 and pos.shape[0] != 1
+    require_tensor("pos", pos, (*((batch if instanced else 1,) if pos.dim() == 3 else ()), "vertices", 4), *dtypes)
+    if topology is None:
+        topology = antialias_topology(tri)
+    require_tensor("topology", topology, tuple(tri.shape), torch.int32)
+    require_same_device(rast=rast, color=color, pos=pos, tri=tri, topology=topology)
+    if tri.device.type == "cpu" and tri.numel() and (tri.min() < 0 or tri.max() >= pos.shape[-2]):
+        raise ValueError(f"tri: expected indices in [0, {pos.shape[-2]}), got {tri.min()} to {tri.max()}")
+    if backend == "reference":
+        return reference_antialias(color, rast, pos.expand(batch, -1, -1) if pos.dim() == 3 else pos, tri, topology,
+                                   pos_gradient_boost)
+    return _antialias(color, rast, pos, tri, topology, pos_gradient_boost)
+
+
+def _sizes(rast, pos, tri):
+    pos_batch = pos.shape[0] if pos.dim() == 3 else 1
+    return rast.shape[0], pos_batch, rast.shape[1], rast.shape[2], pos.shape[-2], tri.shape[0]
+
+
+def _forward(color, rast, pos, tri, topology, boost):
+    out = _fake_forward(color, rast, pos, tri, topology, boost)
+    tensors = [x.contiguous() for x in (color, rast, pos, tri, topology)]
+    native.call("antialias_forward", *tensors, out, *_sizes(rast, pos, tri), color.shape[3])
+    return out
+
+
+def _fake_forward(color, rast, pos, tri, topology, boost):
+    return torch.empty_like(color, memory_format=torch.contiguous_format)
+
+
+def _backward(grad, color, rast, pos, tri, topology, boost, wanted):
+    outputs = _fake_backward(grad, color, rast, pos, tri, topology, boost, wanted)
+    outputs[1].zero_()
+    tensors = [x.contiguous() for x in (grad, color, rast, pos, tri, topology)]
+    native.call("antialias_backward", *tensors, *(g if w else None for g, w in zip(outputs, wanted)),
+                *_sizes(rast, pos, tri), color.shape[3], boost)
+    return outputs
+
+
+def _fake_backward(grad, color, rast, pos, tri, topology, boost, wanted):
+    return tuple(x.new_empty(x.shape if w else (0,)) for x, w in zip((color, pos), wanted))
+
+
+class _Antialias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, color, rast, pos, tri, topology, boost):
+        ctx.save_for_backward(color, rast, pos, tri, topology)
+        ctx.boost = boost
+        return _antialias(color, rast, pos, tri, topology, boost)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        grad_color, grad_pos = _antialias_backward(grad, *ctx.saved_tensors, ctx.boost, wanted)
+        return grad_color if wanted[0] else None, None, grad_pos if wanted[1] else None, None, None, None
+
+
+_antialias = define(
+    "antialias(Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost) -> Tensor",
+    _forward,
+    _fake_forward,
+    _Antialias,
+)
+_antialias_backward = define(
+    "antialias_backward(Tensor grad, Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost, "
+    "bool[] wanted) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -94,7 +94,8 @@ def test_straight_edges_blend_to_their_coverage(device):
     width = 8
     edge = (3 + 1 / 3) / width * 2 - 1
     corners = [[-3.0, -9.0, 0.0, 1.0], [edge, -9.0, 0.0, 1.0], [edge, 9.0, 0.0, 1.0], [-3.0, 9.0, 0.0, 1.0]]
-    pos, tri = torch.tensor([corners], device=device), torch.tensor([[0, 1, 2], [0, 2, 3]], dtype=torch.int32, device=device)
+    pos = torch.tensor([corners], device=device)
+    tri = torch.tensor([[0, 1, 2], [0, 2, 3]], dtype=torch.int32, device=device)
     rast, _ = ops.rasterize(pos, tri, (4, width))
     mask = ops.antialias((rast[..., 3:] > 0).float(), rast, pos, tri)[0, :, :, 0]
     expected = torch.tensor([1, 1, 1, 1 / 3, 0, 0, 0, 0], device=device).expand(4, -1)

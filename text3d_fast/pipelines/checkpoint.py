@@ -1,0 +1,111 @@
+"""Files that are either whole or not there, and a training state in one safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "1"
+
+
+class OutputError(RuntimeError):
+    """Something cannot be written or read; the message says what and why."""
+
+
+class CheckpointError(OutputError):
+    """A checkpoint that is missing, broken or of another run."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` with its suffix; what is written there takes its place when the block ends well.
+
+    Raises OutputError when the disk is full or the folder cannot be written; then `path` is as before.
+    """
+    path = Path(path)
+    try:
+        number, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(number)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    part = Path(name)
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _umask() -> int:
+    current = os.umask(0o22)
+    os.umask(current)
+    return current
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors and a JSON-able description, atomically."""
+    import safetensors
+    from safetensors.torch import save_file
+
+    metadata = {"format": FORMAT, "about": json.dumps(about)}
+    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(path) as part:
+        try:
+            save_file(whole, part, metadata=metadata)
+        except safetensors.SafetensorError as error:  # what a full disk becomes there
+            raise OSError(f"{error}") from error
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_state` wrote. Raises CheckpointError if there is nothing, or it is not that."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not a checkpoint of this version (format {metadata.get('format')})")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and start again") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments and counters by "parameter index/name"."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer/{index}/{name}": torch.as_tensor(value)
+            for index, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors` (learning rates are set anew each step)."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value.clone()
+    content = optimizer.state_dict()
+    content["state"] = state
+    optimizer.load_state_dict(content)

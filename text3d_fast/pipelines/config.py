@@ -1,0 +1,225 @@
+"""Every setting of a run, as nested dataclasses that are saved to and read from config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from text3d_fast.scene.cameras import CameraDistribution
+from text3d_fast.scene.lights import LightDistribution
+from text3d_fast.scene.shading import ShadingSchedule
+
+
+@dataclass
+class GuidanceConfig:
+    """Score distillation; see `guidance.ScoreDistillation`.
+
+    weight         w of (1 + w) eps(text) - w eps(empty); other projects' "scale" is w + 1
+    weighting      w(t): sigma2, uniform, kl, sample, alpha_sigma2
+    time           t is uniform in (low, high) at the start and in final_time at the end, moving linearly until time_end
+    camera         give the camera to a prior that knows it; False is the faithful setting: words only
+    background     give the background colour to a prior that knows it
+    jacobian       backpropagate through the network as well
+    clip           largest root mean square of one image's gradient, or null
+    """
+
+    weight: float = 100.0
+    weighting: str = "sigma2"
+    time: tuple[float, float] = (0.02, 0.98)
+    final_time: tuple[float, float] | None = None
+    time_end: float = 1.0
+    camera: bool = True
+    background: bool = True
+    jacobian: bool = False
+    clip: float | None = None
+    negative_prompt: str = ""
+
+
+@dataclass
+class FieldConfig:
+    """The radiance field; see `scene.field.RadianceField`.
+
+    levels, features, log2_table_size, base_resolution, max_resolution   the hash grid
+    smooth           smoothstep instead of linear interpolation: normals without creases
+    start_levels, levels_end   levels on at the start, and the progress at which all are
+    """
+
+    levels: int = 8
+    features: int = 2
+    log2_table_size: int = 15
+    base_resolution: int = 8
+    max_resolution: int = 128
+    start_levels: int = 8
+    levels_end: float = 0.3
+    hidden: int = 32
+    density: str = "softplus"
+    sharpness: float = 8.0
+    blob_scale: float = 4.0
+    blob_width: float = 0.5
+    blob_profile: str = "linear"
+    normals: str = "analytic"
+    smooth: bool = False
+
+
+@dataclass
+class SamplingConfig:
+    """Where the field is asked.
+
+    radius            everything lies in this ball
+    step              length between samples along a ray
+    occupancy         cells of the occupancy grid along an axis
+    prune_from        progress before which nothing is pruned
+    update_every      steps between looks at the field
+    threshold         opacity of one sample below which a cell is empty
+    """
+
+    radius: float = 0.9
+    step: float = 0.04
+    occupancy: int = 32
+    prune_from: float = 0.05
+    update_every: int = 10
+    threshold: float = 0.01
+
+
+@dataclass
+class PenaltyConfig:
+    """Weights of the mean-reduced penalties of `scene.regularizers`: (at the start, at the end), linear between.
+
+    The distillation loss is a mean over images and elements as well, so they hold for any batch and resolution.
+    """
+
+    orientation: tuple[float, float] = (1e-4, 1e-2)
+    opacity: tuple[float, float] = (1e-3, 1e-3)
+    entropy: tuple[float, float] = (0.0, 0.0)
+    thickness: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam, betas (0.9, 0.99); rates fall to `final` of themselves along a cosine, after `warmup` of the steps."""
+
+    grid: float = 1e-2
+    network: float = 2e-3
+    background: float = 1e-3
+    warmup: float = 0.02
+    final: float = 0.1
+
+
+@dataclass
+class DreamFusionConfig:
+    """Everything that decides the result, besides the machine.
+
+    background   "solid": a colour drawn anew for each image; "network": an MLP of the ray direction
+    view_words   a name in guidance.prompts.WORDINGS
+    threads      CPU threads the run was made with; another number changes the last bits
+    """
+
+    prompt: str = ""
+    model: str = "toybox"
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 1
+    size: int = 64
+    background: str = "solid"
+    view_words: str = "side"
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    field: FieldConfig = field(default_factory=FieldConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    cameras: CameraDistribution = field(default_factory=CameraDistribution)
+    lights: LightDistribution = field(default_factory=LightDistribution)
+    shading: ShadingSchedule = field(default_factory=ShadingSchedule)
+    checkpoint_every: int = 250
+    preview_every: int = 100
+    mesh_resolution: int = 96
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.background not in ("solid", "network"):
+            raise ValueError(f"background: expected solid or network, got {self.background!r}")
+        for name in ("steps", "batch", "size", "checkpoint_every", "preview_every", "mesh_resolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str = "config.yaml") -> DreamFusionConfig:
+        """Read a saved config. Raises ValueError naming the file and the setting that is wrong."""
+        import yaml
+
+        try:
+            return _build(cls, yaml.safe_load(text), "")
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> DreamFusionConfig:
+        return cls.from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+
+    def updated(self, changes: dict[str, Any]) -> DreamFusionConfig:
+        """A copy with settings replaced, named by dotted paths: {"guidance.weight": 7.5}. ValueError if unknown."""
+        content = _plain(self)
+        for name, value in changes.items():
+            *groups, last = name.split(".")
+            place = content
+            for group in groups:
+                place = place.get(group) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or last not in place:
+                raise ValueError(f"{name}: no such setting; see config.yaml of a run for all of them")
+            place[last] = value
+        return _build(type(self), content, "")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: type, content: Any, path: str) -> Any:
+    """A dataclass from nested dicts, with the types checked."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{path or 'content'}: expected a mapping of settings, got {content!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(content) - set(hints))
+    if unknown:
+        raise ValueError(f"{path}{unknown[0]}: no such setting")
+    values = {}
+    for name, value in content.items():
+        where, hint = f"{path}{name}", hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, where + ".")
+        else:
+            values[name] = _checked(value, hint, where)
+    return kind(**values)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    if type(None) in options:
+        if value is None:
+            return None
+        hint = next(option for option in options if option is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise ValueError(f"{where}: expected two numbers, got {value!r}")
+        return tuple(_checked(part, float, where) for part in value)
+    if hint is float:
+        # YAML reads 1e-3 without a dot as text
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError(f"{where}: expected a number, got {value!r}")
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{where}: expected a number, got {value!r}") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

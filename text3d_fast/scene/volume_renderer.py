@@ -1,0 +1,119 @@
+"""Volume rendering of a radiance field: march through occupied space, ask the field, composite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from text3d_fast import ops
+from text3d_fast.nn import OccupancyGrid
+
+from .cameras import Cameras
+from .field import RadianceField
+from .lights import Lights
+from .regularizers import orientation_loss
+from .shading import shade
+
+
+@dataclass
+class Rendering:
+    """Images [B, H, W, ...] of one batch.
+
+    color           [.., 3] shaded, over the background
+    opacity         [..]
+    depth           [..] mean distance along the ray, 0 where nothing was met
+    depth_variance  [..]
+    normals         [.., 3] mean normal of the volume (not unit), None if the shading needed none
+    orientation     scalar, `regularizers.orientation_loss`, None without normals
+    samples         how many points the field was asked for
+    """
+
+    color: Tensor
+    opacity: Tensor
+    depth: Tensor
+    depth_variance: Tensor
+    normals: Tensor | None
+    orientation: Tensor | None
+    samples: int
+
+
+class VolumeRenderer:
+    """Renders a field inside the ball of `radius` around the origin, which the occupancy grid thins out.
+
+    step  length between samples; the grid's cells should not be much smaller
+    """
+
+    def __init__(self, occupancy: OccupancyGrid, step: float, radius: float = 1.0, early_stop: float = 1e-3):
+        self.occupancy, self.step, self.radius, self.early_stop = occupancy, step, radius, early_stop
+
+    def __call__(
+        self,
+        field: RadianceField,
+        cameras: Cameras,
+        background: Tensor,
+        lights: Lights | None = None,
+        mode: str = "albedo",
+        normals: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Rendering:
+        """background: [B, 3], or [B, H, W, 3]. lights: one for each camera, needed unless mode is "albedo".
+        normals: "analytic" or "finite" to get them with "albedo" too; lit modes default to "analytic".
+        generator: jitters the samples along each ray; None: none.
+        """
+        if mode != "albedo":
+            normals = normals or "analytic"
+            if lights is None:
+                raise ValueError(f"lights: expected one for each camera with mode {mode!r}, got None")
+        shape = (len(cameras), cameras.height, cameras.width)
+        origins, directions = (part.reshape(-1, 3) for part in cameras.rays())
+        samples, positions, sample_directions = self.march(origins, directions, generator)
+        point = field(positions, normals)
+        view = None
+        if lights is not None and len(lights) > 1:
+            view = samples.ray_ids // (cameras.height * cameras.width)
+        values = color = shade(point.albedo, point.normals, positions, lights, view, mode)
+        if normals is not None:
+            values = torch.cat([color, point.normals], -1)
+        out = ops.composite(point.density, values, samples, early_stop=self.early_stop)
+        if background.ndim == 2:
+            background = background[:, None, None, :].expand(*shape, 3)
+        opacity = out.opacity.reshape(shape)
+        images = out.values.reshape(*shape, -1)
+        color = images[..., :3] + (1 - opacity[..., None]) * background
+        orientation = None
+        if normals is not None:
+            orientation = orientation_loss(out.weights, point.normals, sample_directions, len(origins))
+        return Rendering(color, opacity, out.depth.reshape(shape), out.depth_variance.reshape(shape),
+                         images[..., 3:] if normals is not None else None, orientation, len(positions))
+
+    @torch.no_grad()
+    def march(
+        self, origins: Tensor, directions: Tensor, generator: torch.Generator | None
+    ) -> tuple[ops.RaySamples, Tensor, Tensor]:
+        """Samples inside the ball, their positions [S, 3] and their rays' directions [S, 3]."""
+        middle = -(origins * directions).sum(-1)
+        half = (self.radius**2 - origins.square().sum(-1) + middle.square()).clamp_min(0).sqrt()
+        near, far = (middle - half).clamp_min(0), (middle + half).clamp_min(0)
+        jitter = None
+        if generator is not None:
+            jitter = torch.rand(len(origins), generator=generator, device=generator.device).to(origins.device)
+        samples = ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step,
+                                 jitter=jitter)
+        rows = samples.ray_ids.long()
+        along = directions[rows]
+        return samples, origins[rows] + samples.t_middles[:, None] * along, along
+
+    def update(
+        self, field: RadianceField, step: int, generator: torch.Generator | None = None, keep_all: bool = False,
+        **options,
+    ) -> bool:
+        """Refresh the occupancy grid (see `nn.OccupancyGrid.update`); `keep_all`: nothing in the ball is pruned."""
+
+        def opacity_of_a_sample(points: Tensor) -> Tensor:
+            inside = points.norm(dim=-1) <= self.radius + 2 * self.step
+            seen = torch.ones(len(points), device=points.device) if keep_all else field.density_at(points) * self.step
+            return torch.where(inside, seen, 0.0)
+
+        return self.occupancy.update(step, opacity_of_a_sample, generator, **options)

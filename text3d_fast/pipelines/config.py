@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,14 @@ class DreamFusionConfig:
     size: int = 64
     background: str = "solid"
     view_words: str = "side"
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    field: FieldConfig = field(default_factory=FieldConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    cameras: CameraDistribution = field(default_factory=CameraDistribution)
-    lights: LightDistribution = field(default_factory=LightDistribution)
-    shading: ShadingSchedule = field(default_factory=ShadingSchedule)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    penalties: PenaltyConfig = dataclasses.field(default_factory=PenaltyConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    cameras: CameraDistribution = dataclasses.field(default_factory=CameraDistribution)
+    lights: LightDistribution = dataclasses.field(default_factory=LightDistribution)
+    shading: ShadingSchedule = dataclasses.field(default_factory=ShadingSchedule)
     checkpoint_every: int = 250
     preview_every: int = 100
     mesh_resolution: int = 96

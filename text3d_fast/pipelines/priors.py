@@ -48,15 +48,21 @@ def known_conditions(prior: Prior) -> set[str]:
     conditions = getattr(prior, "conditions", None)
     if conditions is None:
         conditions = getattr(getattr(prior, "settings", None), "conditions", None)
+    if conditions is None and is_analytic(prior):
+        conditions = ("camera", "background")
     return set(conditions or ())
+
+
+def is_analytic(prior: Prior) -> bool:
+    from text3d_fast.toybox.analytic import AnalyticPrior
+
+    return isinstance(prior, AnalyticPrior)
 
 
 def speaks_toybox(prior: Prior) -> bool:
     """Whether prompts must be in Toybox's small language."""
-    from text3d_fast.toybox.analytic import AnalyticPrior
-
     name = getattr(getattr(prior, "settings", None), "name", None)
-    return isinstance(prior, AnalyticPrior) or (name or "").lower().startswith("toybox")
+    return is_analytic(prior) or (name or "").lower().startswith("toybox")
 
 
 def canonical_prompt(prior: Prior, prompt: str) -> str:

@@ -1,0 +1,40 @@
+"""Settings that suit a prior: a real text-to-image model, the learned Toybox model, the analytic prior."""
+
+from __future__ import annotations
+
+from text3d_fast.guidance import Prior
+from text3d_fast.guidance.prior import camera_distribution
+
+from .config import DreamFusionConfig
+from .priors import ANALYTIC, known_conditions, speaks_toybox
+
+
+def default_config(prior: Prior, model: str) -> DreamFusionConfig:
+    """The starting point for `model`; everything can be changed with `settings`."""
+    settings: dict = {"model": model, "size": min(prior.image_size, 64)}
+    words = getattr(prior, "view_words", None) or getattr(getattr(prior, "settings", None), "view_words", None)
+    if words:
+        settings["view_words"] = words
+    settings["background"] = "solid" if "background" in known_conditions(prior) else "network"
+    for name, bounds in (camera_distribution(prior) or {}).items():
+        settings[f"cameras.{name}"] = tuple(bounds)
+    if speaks_toybox(prior):
+        settings |= TOYBOX_LIGHTS
+    if model == ANALYTIC:
+        settings |= ANALYTIC_SETTINGS
+    return DreamFusionConfig().updated(settings)
+
+
+# The lights that Toybox pictures are rendered with.
+TOYBOX_LIGHTS = {
+    "lights.spread": 0.6, "lights.lift": 0.5, "lights.distance": (1.0, 1.9),
+    "lights.diffuse": (0.5, 0.7), "lights.ambient": (0.3, 0.55),
+    "shading.lit": 1.0, "shading.textureless": 0.0,
+}
+
+# The exact denoiser needs no guidance, and with w = sigma / alpha its gradient is the picture minus the denoised one.
+ANALYTIC_SETTINGS = {
+    "guidance.weight": 0.0, "guidance.weighting": "sample",
+    "guidance.time": (0.02, 0.7), "guidance.final_time": (0.02, 0.3),
+    "penalties.opacity": (1e-3, 1e-3),
+}

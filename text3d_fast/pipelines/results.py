@@ -1,0 +1,2 @@
+def finish(*a): return a
+class Result: pass

@@ -114,6 +114,8 @@ class DreamFusionConfig:
 
     background   "solid": a colour drawn anew for each image; "network": an MLP of the ray direction
     view_words   a name in guidance.prompts.WORDINGS
+    mesh_resolution, texture   of the exported mesh: the extraction grid (a multiple of 4), and the texels of the
+                 texture's side; 0 exports vertex colours
     threads      CPU threads the run was made with; another number changes the last bits
     """
 
@@ -135,7 +137,8 @@ class DreamFusionConfig:
     shading: ShadingSchedule = dataclasses.field(default_factory=ShadingSchedule)
     checkpoint_every: int = 250
     preview_every: int = 100
-    mesh_resolution: int = 96
+    mesh_resolution: int = 128
+    texture: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:

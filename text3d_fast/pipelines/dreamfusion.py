@@ -106,20 +106,21 @@ class DreamFusion:
         if hasattr(self.prior, "prepare"):
             self.prior.prepare([*views.all(config.prompt), config.guidance.negative_prompt])
         distill = self._distillation(config)
-        recent: deque[float] = deque([time.perf_counter()], maxlen=51)
-        started, first = time.perf_counter(), training.step
+        recent: deque[float] = deque(maxlen=50)
         with catch_interrupt() as interrupt:
             while training.step < config.steps:
+                started = time.perf_counter()
                 state = self._step(training, distill, views)
-                recent.append(time.perf_counter())
-                state.rate = (len(recent) - 1) / max(recent[-1] - recent[0], 1e-9)
+                recent.append(time.perf_counter() - started)
+                training.seconds += recent[-1]
+                state.rate = len(recent) / max(sum(recent), 1e-9)
                 if callback is not None:
                     callback(training.step, state)
                 if folder is not None:
                     folder.after_step(training, force=interrupt.requested)
                 if interrupt.requested:
                     raise Interrupted(training.step, folder)
-        return finish(training, folder, time.perf_counter() - started, training.step - first)
+        return finish(training, folder)
 
     def _step(self, training: Training, distill: ScoreDistillation, views: ViewPrompts) -> StepState:
         """One step of the paper's section 3."""

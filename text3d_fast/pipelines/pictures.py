@@ -16,6 +16,8 @@ from .checkpoint import replacing
 from .training import Training
 
 WHITE = (1.0, 1.0, 1.0)
+VIEW_LABELS = ["front", "front left", "left", "back left", "back", "back right", "right", "front right"]
+TURNTABLE_FRAMES = 36
 
 
 @torch.no_grad()
@@ -43,6 +45,16 @@ def preview(training: Training) -> Tensor:
     """[H, W, 3] four sides of the volume side by side."""
     pictures, _ = volume_views(training, [0.0, 90.0, 180.0, 270.0], size=96)
     return torch.cat(list(pictures), 1)
+
+
+def views(training: Training, size: int = 192) -> Tensor:
+    """[8, size, size, 3] every 45 degrees from the front, as VIEW_LABELS."""
+    return volume_views(training, [45.0 * k for k in range(8)], size=size)[0]
+
+
+def turntable(training: Training, frames: int, size: int = 192) -> Tensor:
+    """[frames, size, size, 3] once around."""
+    return volume_views(training, [360.0 * k / frames for k in range(frames)], size=size)[0]
 
 
 def to_bytes(picture: Tensor) -> np.ndarray:

@@ -76,10 +76,10 @@ class RunFolder:
         tensors, about = load_state(self / CHECKPOINT)
         if not isinstance(about.get("step"), int):
             raise CheckpointError(f"{self / CHECKPOINT} is damaged (no step); delete it and start again")
-        training.restore(tensors, about["step"])
+        training.restore(tensors, about["step"], float(about.get("seconds", 0.0)))
 
     def save(self, training: Training) -> None:
-        about = {"step": training.step, "steps": training.config.steps, "prompt": training.config.prompt}
+        about = {"step": training.step, "seconds": training.seconds, "prompt": training.config.prompt}
         save_state(self / CHECKPOINT, training.tensors(), about)
 
     def after_step(self, training: Training, force: bool = False) -> None:

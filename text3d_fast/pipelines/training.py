@@ -21,12 +21,14 @@ class Training:
     """Everything that changes from step to step of a DreamFusion run.
 
     step        steps done
+    seconds     spent on them
     field, background (None with solid colours), renderer, optimizer
     generator   the one source of random numbers, on the CPU, so that a GPU run draws the same cameras
     """
 
     def __init__(self, config: DreamFusionConfig, device: torch.device | str = "cpu"):
         self.config, self.device, self.step = config, torch.device(device), 0
+        self.seconds = 0.0
         self.generator = torch.Generator().manual_seed(config.seed)
         chosen, sampling, rates = config.field, config.sampling, config.optimizer
         spec = ops.HashGridSpec.with_max_resolution(
@@ -89,7 +91,7 @@ class Training:
                  for key, value in module.state_dict().items()}
         return state | optimizer_tensors(self.optimizer) | {"generator": self.generator.get_state()}
 
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+    def restore(self, tensors: dict[str, Tensor], step: int, seconds: float = 0.0) -> None:
         """The inverse of `tensors`. Raises CheckpointError if they are of another configuration."""
         try:
             for name, module in self.modules().items():
@@ -100,4 +102,4 @@ class Training:
             self.generator.set_state(tensors["generator"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit its configuration: {error}") from error
-        self.step = step
+        self.step, self.seconds = step, seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,19 @@ class VolumeRenderer:
         rows = samples.ray_ids.long()
         along = directions[rows]
         return samples, origins[rows] + samples.t_middles[:, None] * along, along
+
+    def visible_density(self, field: RadianceField) -> Callable[[Tensor], Tensor]:
+        """The density as rays meet it, points [N, 3] -> [N]: none outside the ball or in cells that are skipped."""
+        box, cells = self.occupancy.aabb, self.occupancy.binaries[0]
+        size = torch.tensor(cells.shape, device=box.device)
+
+        def density(points: Tensor) -> Tensor:
+            where = ((points - box[:3]) / (box[3:] - box[:3]) * size).long().clamp_min(0)
+            x, y, z = torch.minimum(where, size - 1).unbind(-1)
+            seen = cells[x, y, z] & (points.norm(dim=-1) <= self.radius)
+            return torch.where(seen, field.density_at(points), 0.0)
+
+        return density
 
     def update(
         self, field: RadianceField, step: int, generator: torch.Generator | None = None, keep_all: bool = False,

@@ -1,0 +1,255 @@
+"""The command line: text3d-fast generate | evaluate | bench | doctor.
+
+Imports here are light, so that --help answers at once; torch comes with the command that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+Backend = Literal["native", "triton", "reference"]
+USER_ERROR, EMPTY_MESH, INTERRUPTED = 2, 3, 130
+
+
+@dataclass
+class Generate:
+    """Turn a text into a mesh.
+
+    Writes mesh.glb, turntable.gif, views.png, result.json, config.yaml and checkpoint.safetensors into the folder OUT.
+    Ctrl-C saves; the same command with --resume goes on from there, to the same result.
+
+    Examples:
+
+      text3d-fast generate "a red mug"
+
+      text3d-fast generate "a blue chair" --model analytic --steps 300
+
+      text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
+    """
+
+    prompt: Positional[str]
+    """What to make. The built-in model knows a small world: "a red mug", "a striped ball on a blue cube"."""
+    pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
+    """The method; only dreamfusion exists so far."""
+    model: str | None = None
+    """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for the
+    learned built-in one; "analytic" for the exact built-in one. By default a built-in one."""
+    steps: int | None = None
+    """Steps of optimization; the default depends on the model."""
+    seed: int = 0
+    """The same seed gives the same result on the same machine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    out: Path | None = None
+    """The folder for the results; by default runs/PROMPT."""
+    resume: bool = False
+    """Go on from the checkpoint in OUT."""
+    no_camera: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Tell the prior the view in words only, as in the paper, even if it could be given the camera."""
+    backend: Backend | None = None
+    """Insist on one implementation of the ops; an op that it cannot serve is an error."""
+    threads: int | None = None
+    """CPU threads; by default what torch chooses."""
+    set: tuple[str, ...] = ()
+    """Other settings by their names in config.yaml, e.g. --set guidance.weight=7.5 field.levels=12"""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass
+class Evaluate:
+    """Measure the quality of generated meshes against the truth, over the built-in world."""
+
+    quick: bool = False
+    """A part of the suite, at most 20 minutes on 2 CPU cores."""
+    model: str | None = None
+    """As for generate."""
+    out: Path = Path("runs/evaluation")
+    """The folder for meshes, table and JSON; an interrupted evaluation goes on where it stopped."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+@dataclass
+class Bench:
+    """Measure the speed of the ops, beside the peers that are installed (pytest benchmarks --benchmark-only)."""
+
+    only: str | None = None
+    """Only benchmarks whose name contains this."""
+    csv: Path | None = None
+    """Write the table there as well."""
+
+
+@dataclass
+class Doctor:
+    """Say which backend serves which op on this machine, and why not the others."""
+
+    model: str | None = None
+    """Also describe this model: what it predicts, shapes, memory, licence. Nothing is loaded."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"generate": Generate, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
+        prog="text3d-fast",
+        description="Text to 3D with 2D diffusion models, with and without a GPU.",
+        args=arguments,
+    )
+    run = {Generate: generate, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
+    try:
+        return run(command)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def generate(options: Generate) -> int:
+    if options.pipeline != "dreamfusion":
+        return fail(f"--pipeline {options.pipeline} does not exist yet; --pipeline dreamfusion does")
+    if options.steps is not None and options.steps < 1:
+        return fail(f"--steps: expected a positive number, got {options.steps}")
+    try:
+        settings = dict(parse_setting(text) for text in options.set)
+    except ValueError as error:
+        return fail(str(error))
+    import torch
+
+    from text3d_fast import backends
+    from text3d_fast.pipelines.checkpoint import OutputError
+    from text3d_fast.pipelines.dreamfusion import DreamFusion
+    from text3d_fast.pipelines.progress import Progress
+    from text3d_fast.pipelines.results import EmptyMesh
+    from text3d_fast.pipelines.run_folder import Interrupted
+
+    out = options.out or default_folder(options.prompt, options.resume)
+    if options.threads is not None:
+        torch.set_num_threads(max(1, options.threads))
+    try:
+        backends.use_backend(options.backend)
+        if options.no_camera:
+            settings["guidance.camera"] = False
+        pipeline = DreamFusion(options.model, options.device, settings=settings)
+        with Progress(pipeline, options.prompt, options.steps, quiet=options.quiet) as progress:
+            result = pipeline.run(options.prompt, options.steps, options.seed, out, progress.step, options.resume)
+    except Interrupted as stop:
+        again = resume_command(options, out)
+        print(f"\nStopped after step {stop.step}; everything is saved in {out}. To go on:\n  {again}", file=sys.stderr)
+        return INTERRUPTED
+    except EmptyMesh as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EMPTY_MESH
+    except (OutputError, ValueError) as error:
+        return fail(str(error))
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "backend" not in str(error) and "out of memory" not in str(error):
+            raise
+        return fail(str(error))
+    if not options.quiet:
+        progress.summary(result)
+    return 0
+
+
+def evaluate(options: Evaluate) -> int:
+    try:
+        from text3d_fast.toybox import evaluate as suite
+    except ImportError:
+        return fail("this copy of the package has no evaluation suite")
+    return suite.main(options) or 0
+
+
+def bench(options: Bench) -> int:
+    import importlib.util
+    import subprocess
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not folder.is_dir():
+        return fail("the benchmarks come with the source tree: clone the repository and `pip install -e .[bench]`")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        return fail("pytest-benchmark is not installed: pip install -e .[bench]")
+    command = [sys.executable, "-m", "pytest", str(folder), "--benchmark-only", "-rs"]
+    if options.only:
+        command += ["-k", options.only]
+    if options.csv:
+        data = options.csv.with_suffix(".json")
+        command.append(f"--benchmark-json={data}")
+    status = subprocess.call(command, cwd=folder.parent)
+    if options.csv and data.is_file():
+        write_benchmark_csv(data, options.csv)
+    return status
+
+
+def write_benchmark_csv(data: Path, path: Path) -> None:
+    """pytest-benchmark's JSON as a table: name, group, times in seconds, rounds."""
+    import csv
+    import json
+
+    rows = json.loads(data.read_text(encoding="utf-8"))["benchmarks"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "group", "min", "median", "mean", "stddev", "rounds"])
+        for row in rows:
+            stats = row["stats"]
+            writer.writerow([row["name"], row["group"], *(stats[k] for k in ("min", "median", "mean", "stddev")),
+                             stats["rounds"]])
+
+
+def doctor(options: Doctor) -> int:
+    from text3d_fast.pipelines import report
+
+    return report.doctor(options.model)
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """"guidance.weight=7.5" to a name and a value, read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {name}: cannot read the value {value!r}") from None
+
+
+def default_folder(prompt: str, resume: bool, root: Path = Path("runs")) -> Path:
+    """runs/a-red-mug, or the next free runs/a-red-mug-2; to resume, the newest of them."""
+    import re
+
+    stem = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60] or "run"
+    number, folder = 1, root / stem
+    while folder.exists():
+        number, newest = number + 1, folder
+        folder = root / f"{stem}-{number}"
+    return newest if resume and number > 1 else folder
+
+
+def resume_command(options: Generate, out: Path) -> str:
+    """The command line that continues this run."""
+    import shlex
+
+    words = ["text3d-fast", "generate", options.prompt, "--resume", "--out", str(out)]
+    for entry in dataclasses.fields(options):
+        value = getattr(options, entry.name)
+        if entry.name in ("prompt", "resume", "out", "set") or value in (entry.default, None):
+            continue
+        name = "--" + entry.name.replace("_", "-")
+        words += [name] if value is True else [name, str(value)]
+    return shlex.join(words)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,23 @@
+"""Text to 3D: DreamFusion.
+
+Names are imported when they are first used, so that light commands stay light.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import DreamFusionConfig
+    from .dreamfusion import DreamFusion
+    from .results import Result
+
+__all__ = ["DreamFusion", "DreamFusionConfig", "Result"]
+
+_HOMES = {"DreamFusion": "dreamfusion", "DreamFusionConfig": "config", "Result": "results"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

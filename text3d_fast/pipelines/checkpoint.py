@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from text3d_fast.export import atomic_path
 
 FORMAT = "1"
 
@@ -26,34 +26,15 @@ class CheckpointError(OutputError):
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` with its suffix; what is written there takes its place when the block ends well.
+    """A temporary path beside `path`; what is written there takes its place when the block ends well.
 
     Raises OutputError when the disk is full or the folder cannot be written; then `path` is as before.
     """
-    path = Path(path)
     try:
-        number, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(number)
+        with atomic_path(path) as part:
+            yield part
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    part = Path(name)
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def _umask() -> int:
-    current = os.umask(0o22)
-    os.umask(current)
-    return current
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from .checkpoint import CheckpointError, OutputError, load_state, replacing, save_state, write_text
 from .config import DreamFusionConfig
 from .training import Training

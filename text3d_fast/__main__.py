@@ -1,0 +1,5 @@
+"""`python -m text3d_fast` is the command line `text3d-fast`."""
+
+from text3d_fast.cli import main
+
+raise SystemExit(main())

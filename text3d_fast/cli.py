@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 Backend = Literal["native", "triton", "reference"]
 USER_ERROR, EMPTY_MESH, INTERRUPTED = 2, 3, 130
@@ -34,31 +34,31 @@ class Generate:
       text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
     """
 
-    prompt: Positional[str]
+    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
     """What to make. The built-in model knows a small world: "a red mug", "a striped ball on a blue cube"."""
     pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
     """The method; only dreamfusion exists so far."""
-    model: str | None = None
-    """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for the
-    learned built-in one; "analytic" for the exact built-in one. By default a built-in one."""
-    steps: int | None = None
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for the learned
+    built-in one; "analytic" for the exact built-in one. By default a built-in one."""
+    steps: Annotated[int | None, arg(metavar="N")] = None
     """Steps of optimization; the default depends on the model."""
     seed: int = 0
     """The same seed gives the same result on the same machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
-    out: Path | None = None
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
     """The folder for the results; by default runs/PROMPT."""
     resume: bool = False
     """Go on from the checkpoint in OUT."""
-    no_camera: Annotated[bool, arg(help_behavior_hint="")] = False
+    no_camera: bool = False
     """Tell the prior the view in words only, as in the paper, even if it could be given the camera."""
     backend: Backend | None = None
     """Insist on one implementation of the ops; an op that it cannot serve is an error."""
-    threads: int | None = None
+    threads: Annotated[int | None, arg(metavar="N")] = None
     """CPU threads; by default what torch chooses."""
-    set: tuple[str, ...] = ()
-    """Other settings by their names in config.yaml, e.g. --set guidance.weight=7.5 field.levels=12"""
+    set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
+    """Other settings by their names in config.yaml, e.g. --set guidance.weight=7.5 field.levels=12."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -69,7 +69,7 @@ class Evaluate:
 
     quick: bool = False
     """A part of the suite, at most 20 minutes on 2 CPU cores."""
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
     """As for generate."""
     out: Path = Path("runs/evaluation")
     """The folder for meshes, table and JSON; an interrupted evaluation goes on where it stopped."""
@@ -81,9 +81,9 @@ class Evaluate:
 class Bench:
     """Measure the speed of the ops, beside the peers that are installed (pytest benchmarks --benchmark-only)."""
 
-    only: str | None = None
+    only: Annotated[str | None, arg(metavar="NAME")] = None
     """Only benchmarks whose name contains this."""
-    csv: Path | None = None
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the table there as well."""
 
 
@@ -91,7 +91,7 @@ class Bench:
 class Doctor:
     """Say which backend serves which op on this machine, and why not the others."""
 
-    model: str | None = None
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
     """Also describe this model: what it predicts, shapes, memory, licence. Nothing is loaded."""
 
 
@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="text3d-fast",
         description="Text to 3D with 2D diffusion models, with and without a GPU.",
         args=arguments,
+        config=(FlagCreatePairsOff,),
     )
     run = {Generate: generate, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
     try:

@@ -95,12 +95,13 @@ def _toward(color: tuple[float, ...], other: tuple[float, ...], share: float) ->
 
 @dataclass(frozen=True)
 class Kind:
-    """A class: its builder, parameter ranges, period of patterns, and roles in two-object scenes."""
+    """A class: its builder, parameter ranges, plural, whether things stand on it, whether its front differs."""
 
     build: Callable[[dict[str, float], Palette], list[Part]]
     ranges: dict[str, tuple[float, float]]
     plural: str
     base: bool = False
+    front: bool = False
 
 
 def _ball(p: dict[str, float], c: Palette) -> list[Part]:
@@ -330,17 +331,17 @@ CLASSES: dict[str, Kind] = {
     "ball": Kind(_ball, {"height": (0.94, 1.0)}, "balls"),
     "cube": Kind(_cube, {"height": (0.92, 1.08), "rounding": (0.02, 0.12)}, "cubes", base=True),
     "cone": Kind(_cone, {"radius": (0.50, 0.68), "height": (1.2, 1.5)}, "cones"),
-    "donut": Kind(_donut, {"tube": (0.24, 0.34)}, "donuts"),
+    "donut": Kind(_donut, {"tube": (0.24, 0.34)}, "donuts", front=True),
     "cylinder": Kind(_cylinder, {"radius": (0.42, 0.56), "height": (1.0, 1.4)}, "cylinders", base=True),
-    "mug": Kind(_mug, {"radius": (0.46, 0.56), "height": (1.0, 1.25), "handle": (0.28, 0.36)}, "mugs"),
-    "chair": Kind(_chair, {"width": (0.46, 0.56), "legs": (0.62, 0.80), "back": (0.62, 0.82)}, "chairs"),
+    "mug": Kind(_mug, {"radius": (0.46, 0.56), "height": (1.0, 1.25), "handle": (0.28, 0.36)}, "mugs", front=True),
+    "chair": Kind(_chair, {"width": (0.46, 0.56), "legs": (0.62, 0.80), "back": (0.62, 0.82)}, "chairs", front=True),
     "table": Kind(_table, {"width": (0.75, 0.95), "height": (0.70, 0.95)}, "tables", base=True),
     "mushroom": Kind(_mushroom, {"cap": (0.60, 0.80), "stem": (0.24, 0.34), "length": (0.65, 0.90)}, "mushrooms"),
     "tree": Kind(_tree, {"width": (0.62, 0.80), "trunk": (0.45, 0.65)}, "trees"),
-    "snowman": Kind(_snowman, {"base": (0.52, 0.62), "middle": (0.38, 0.46)}, "snowmen"),
-    "car": Kind(_car, {"length": (0.85, 1.0), "cabin": (0.32, 0.42), "wheel": (0.19, 0.24)}, "cars"),
-    "house": Kind(_house, {"width": (0.55, 0.70), "height": (0.42, 0.52), "roof": (0.42, 0.60)}, "houses"),
-    "teapot": Kind(_teapot, {"height": (0.54, 0.66), "spout": (0.38, 0.50)}, "teapots"),
+    "snowman": Kind(_snowman, {"base": (0.52, 0.62), "middle": (0.38, 0.46)}, "snowmen", front=True),
+    "car": Kind(_car, {"length": (0.85, 1.0), "cabin": (0.32, 0.42), "wheel": (0.19, 0.24)}, "cars", front=True),
+    "house": Kind(_house, {"width": (0.55, 0.70), "height": (0.42, 0.52), "roof": (0.42, 0.60)}, "houses", front=True),
+    "teapot": Kind(_teapot, {"height": (0.54, 0.66), "spout": (0.38, 0.50)}, "teapots", front=True),
     "bowl": Kind(_bowl, {"depth": (0.58, 0.75), "wall": (0.10, 0.15)}, "bowls"),
-    "clock": Kind(_clock, {"thickness": (0.24, 0.36), "rim": (0.12, 0.18), "hour": (2.0, 5.0)}, "clocks"),
+    "clock": Kind(_clock, {"thickness": (0.24, 0.36), "rim": (0.12, 0.18), "hour": (2.0, 5.0)}, "clocks", front=True),
 }

@@ -144,19 +144,16 @@ class Scene:
         values = self.sdf(points + step * corners.view(4, *[1] * (points.dim() - 1), 3))
         return torch.nn.functional.normalize(torch.einsum("k...,kc->...c", values, corners), dim=-1)
 
-    def mesh(self, resolution: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
-        """The surface as triangles: vertices [V, 3] float32 and faces [F, 3] int64, counter-clockwise from outside.
+    def mesh(self, resolution: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+        """The surface as triangles: vertices [V, 3] float32 and faces [F, 3] int32, counter-clockwise from outside.
 
-        Marching cubes (scikit-image) on a grid of resolution^3 cells over [-1, 1]^3.
+        Marching tetrahedra on a Kuhn grid of `resolution` cells a side over [-1, 1]^3.
         """
-        from skimage.measure import marching_cubes
+        from ..ops import TetGrid, marching_tets
 
-        axis = torch.linspace(-1, 1, resolution + 1)
-        yz = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
-        planes = [self.sdf(torch.cat([torch.full_like(yz[..., :1], float(x)), yz], -1)) for x in axis]
-        volume = torch.stack(planes).numpy()
-        vertices, faces, _, _ = marching_cubes(volume, 0.0, spacing=(2 / resolution,) * 3, gradient_direction="descent")
-        return torch.from_numpy(vertices - 1).float(), torch.from_numpy(faces.astype(np.int64))
+        grid = TetGrid.kuhn(resolution)
+        inside = torch.cat([-self.sdf(points) for points in grid.positions.split(1 << 17)])
+        return marching_tets(grid.positions, inside, grid)
 
 
 def sample_parameters(description: Description, generator: torch.Generator | None = None) -> dict:

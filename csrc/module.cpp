@@ -8,6 +8,7 @@
 #include <string>
 #include "antialias/antialias.h"
 #include "composite/composite.h"
+#include "marching_tets/marching_tets.h"
 #include "texture/texture.h"
 #include "march_rays/march_rays.h"
 
@@ -22,6 +23,12 @@
   TEXT3D_ENTRY(composite_backward, CompositeBackwardParams)             \
                                                                         \
   /* marching_tets */                                                   \
+  TEXT3D_ENTRY(marching_tets_kuhn_flag, MarchingTetsKuhnFlagParams)     \
+  TEXT3D_ENTRY(marching_tets_kuhn_emit, MarchingTetsKuhnEmitParams)     \
+  TEXT3D_ENTRY(marching_tets_kuhn_backward, MarchingTetsKuhnBackwardParams)\
+  TEXT3D_ENTRY(marching_tets_flag, MarchingTetsFlagParams)              \
+  TEXT3D_ENTRY(marching_tets_emit, MarchingTetsEmitParams)              \
+  TEXT3D_ENTRY(marching_tets_backward, MarchingTetsBackwardParams)      \
                                                                         \
   /* rasterize, interpolate */                                          \
                                                                         \

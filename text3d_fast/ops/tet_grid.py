@@ -1,7 +1,6 @@
 """Tetrahedral grids for marching tetrahedra: Kuhn's subdivision of a cube lattice, the A15 lattice, or any tets."""
 
 import itertools
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,8 +40,7 @@ class TetGrid:
         self.kind = kind
         self.positions = positions
         self.resolution = resolution
-        if tets is not None:
-            self.tets = tets
+        self._known: dict[str, torch.Tensor] = {} if tets is None else {"tets": tets}
 
     @classmethod
     def kuhn(cls, resolution: int | tuple[int, int, int], device: torch.device | str | None = None) -> "TetGrid":
@@ -92,11 +90,7 @@ class TetGrid:
     def to(self, device: torch.device | str) -> "TetGrid":
         """This grid on another device; connectivity known so far moves along."""
         moved = TetGrid(self.kind, self.positions.to(device), self.resolution)
-        for name in ("tets", "edges", "tet_edges", "_connectivity"):
-            if name in self.__dict__:
-                known = self.__dict__[name]
-                many = isinstance(known, tuple)
-                moved.__dict__[name] = tuple(x.to(device) for x in known) if many else known.to(device)
+        moved._known = {name: tensor.to(device) for name, tensor in self._known.items()}
         return moved
 
     @property
@@ -111,36 +105,32 @@ class TetGrid:
         size = "" if self.resolution is None else f", resolution={self.resolution}"
         return f"TetGrid({self.kind!r}, vertices={self.num_vertices}{size})"
 
-    @cached_property
+    def _get(self, *names: str) -> tuple[torch.Tensor, ...]:
+        """Connectivity by name, made when first asked for. (cached_property takes locks that torch.compile refuses.)"""
+        if any(name not in self._known for name in names):
+            self._known.update(_MAKERS[names[0]](self))
+        return tuple(self._known[name] for name in names)
+
+    @property
     def tets(self) -> torch.Tensor:
-        _, ny, nz = self.resolution
-        strides = torch.tensor([(ny + 1) * (nz + 1), nz + 1, 1], dtype=torch.int32, device=self.device)
-        x, y, z = (torch.arange(n, dtype=torch.int32, device=self.device) for n in self.resolution)
-        base = (x[:, None, None] * strides[0] + y[:, None] * strides[1] + z).reshape(-1, 1, 1)
-        corners = torch.tensor(KUHN_TETS, device=self.device)  # bits 4, 2, 1: a step along x, y, z
-        steps = torch.stack([corners >> 2 & 1, corners >> 1 & 1, corners & 1], -1)
-        steps = (steps * strides).sum(-1, dtype=torch.int32)
-        return (base + steps).reshape(-1, 4)
+        return self._get("tets")[0]
 
-    @cached_property
+    @property
     def edges(self) -> torch.Tensor:
-        if self.kind == "kuhn":
-            return self._kuhn_edges()
-        return self._connectivity[0]
+        return self._get("edges")[0]
 
-    def _kuhn_edges(self) -> torch.Tensor:
-        """Each vertex has an edge to the corner at every other corner of the cube above it, where there is one."""
-        size = [n + 1 for n in self.resolution]
-        strides = (size[1] * size[2], size[2], 1)
-        corners = [(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)][1:]  # ascending steps: lexicographic
-        exists = torch.ones(*size, 7, dtype=torch.bool, device=self.device)
-        for i, corner in enumerate(corners):
-            for axis, step in enumerate(corner):
-                if step:
-                    exists.select(axis, size[axis] - 1)[..., i] = False
-        low, corner = exists.view(-1, 7).nonzero().int().unbind(-1)
-        steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32)
-        return torch.stack([low, low + steps.to(self.device)[corner.long()]], -1)
+    @property
+    def tet_edges(self) -> torch.Tensor:
+        return self._get("tet_edges")[0]
+
+    @property
+    def incidence(self) -> tuple[torch.Tensor, ...]:
+        """The edges at each vertex v, all int32: low_offsets [V + 1], high_offsets [V + 1], high_edges [E].
+
+        v is the smaller end of edges low_offsets[v] to low_offsets[v + 1], and the larger end of those listed in
+        high_edges from high_offsets[v] to high_offsets[v + 1].
+        """
+        return self._get("low_offsets", "high_offsets", "high_edges")
 
     def crossing_edges(self, sdf: torch.Tensor) -> torch.Tensor:
         """int32 [N, 2]: the edges (smaller, larger vertex) on which `marching_tets` puts its vertices, in its order."""
@@ -148,17 +138,60 @@ class TetGrid:
         low, high = self.edges.long().unbind(-1)
         return self.edges[inside[low] != inside[high]]
 
-    @cached_property
-    def tet_edges(self) -> torch.Tensor:
-        return self._connectivity[1]
 
-    @cached_property
-    def _connectivity(self) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = self.tets[:, TET_EDGES].long()
-        keys = pairs.amin(-1) * self.num_vertices + pairs.amax(-1)
-        unique, rows = torch.unique(keys, return_inverse=True)
-        edges = torch.stack([unique // max(self.num_vertices, 1), unique % max(self.num_vertices, 1)], -1)
-        return edges.int(), rows.int()
+def _make_kuhn_tets(grid: TetGrid) -> dict[str, torch.Tensor]:
+    _, ny, nz = grid.resolution
+    strides = torch.tensor([(ny + 1) * (nz + 1), nz + 1, 1], dtype=torch.int32, device=grid.device)
+    x, y, z = (torch.arange(n, dtype=torch.int32, device=grid.device) for n in grid.resolution)
+    base = (x[:, None, None] * strides[0] + y[:, None] * strides[1] + z).reshape(-1, 1, 1)
+    corners = torch.tensor(KUHN_TETS, device=grid.device)  # bits 4, 2, 1: a step along x, y, z
+    steps = torch.stack([corners >> 2 & 1, corners >> 1 & 1, corners & 1], -1)
+    steps = (steps * strides).sum(-1, dtype=torch.int32)
+    return {"tets": (base + steps).reshape(-1, 4)}
+
+
+def _make_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
+    return _make_kuhn_edges(grid) if grid.kind == "kuhn" else _make_tet_edges(grid)
+
+
+def _make_kuhn_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
+    """Each vertex has an edge to the corner at every other corner of the cube above it, where there is one."""
+    size = [n + 1 for n in grid.resolution]
+    strides = (size[1] * size[2], size[2], 1)
+    corners = list(itertools.product((0, 1), repeat=3))[1:]  # ascending steps: lexicographic
+    exists = torch.ones(*size, 7, dtype=torch.bool, device=grid.device)
+    for i, corner in enumerate(corners):
+        for axis, step in enumerate(corner):
+            if step:
+                exists.select(axis, size[axis] - 1)[..., i] = False
+    low, corner = exists.view(-1, 7).nonzero().int().unbind(-1)
+    steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32)
+    return {"edges": torch.stack([low, low + steps.to(grid.device)[corner.long()]], -1)}
+
+
+def _make_tet_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
+    pairs = grid.tets[:, TET_EDGES].long()
+    stride = max(grid.num_vertices, 1)
+    unique, rows = torch.unique(pairs.amin(-1) * stride + pairs.amax(-1), return_inverse=True)
+    return {"edges": torch.stack([unique // stride, unique % stride], -1).int(), "tet_edges": rows.int()}
+
+
+def _make_incidence(grid: TetGrid) -> dict[str, torch.Tensor]:
+    def offsets(ends: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(ends, minlength=grid.num_vertices)
+        return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+    low, high = grid.edges.unbind(-1)
+    high_edges = torch.argsort(high, stable=True).int()
+    return {"low_offsets": offsets(low), "high_offsets": offsets(high), "high_edges": high_edges}
+
+
+_MAKERS = {
+    "tets": _make_kuhn_tets,
+    "edges": _make_edges,
+    "tet_edges": _make_tet_edges,
+    "low_offsets": _make_incidence,
+}
 
 
 def _kuhn_tets() -> tuple[tuple[int, int, int, int], ...]:

@@ -11,6 +11,8 @@
 #include "marching_tets/marching_tets.h"
 #include "texture/texture.h"
 #include "march_rays/march_rays.h"
+#include "interpolate/interpolate.h"
+#include "rasterize/rasterize.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
@@ -31,6 +33,10 @@
   TEXT3D_ENTRY(marching_tets_backward, MarchingTetsBackwardParams)      \
                                                                         \
   /* rasterize, interpolate */                                          \
+  TEXT3D_ENTRY(rasterize_forward, RasterizeForwardParams)               \
+  TEXT3D_ENTRY(rasterize_backward, RasterizeBackwardParams)             \
+  TEXT3D_ENTRY(interpolate_forward, InterpolateForwardParams)           \
+  TEXT3D_ENTRY(interpolate_backward, InterpolateBackwardParams)         \
                                                                         \
   /* texture, antialias */                                              \
   TEXT3D_ENTRY(antialias_forward, AntialiasParams)                      \

@@ -32,6 +32,11 @@ def reason_against(device_type: str) -> str | None:
     return None
 
 
+def runs_cuda_source(device: torch.device) -> bool:
+    """Do calls on this device run the .cu sources (on a GPU, or emulated)? They may need other scratch."""
+    return device.type == "cuda" or _EMULATE
+
+
 def cpu_isa() -> str:
     """The instruction set that run-time dispatch picked: baseline, avx2 or avx512."""
     return getattr(_module, "cpu_isa", "none")

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 
 import torch
 
+from text3d_fast import backends, native
 from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.registration import define
 from text3d_fast.reference.interpolate import interpolate as reference_interpolate
+from text3d_fast.reference.rasterize import decode_triangle_ids
+
+backends.declare("interpolate")
 
 
 def interpolate(
@@ -21,21 +26,31 @@ def interpolate(
     of rasterize. rast_db with diff_attrs: a list of attribute indices, or "all": also give their pixel derivatives.
     Returns values [B, H, W, A] = u a0 + v a1 + (1 - u - v) a2 and derivatives [B, H, W, 2 * len(diff_attrs)],
     (d/dX, d/dY) for each attribute in turn; 0 at the background. Without diff_attrs the latter has no channels.
-    Gradients to attr, u and v of rast, and rast_db. Raises ValueError or TypeError for wrong arguments.
+    Gradients to attr, u and v of rast, and rast_db; first order only; reproducible as those of rasterize.
+    Kept for the backward pass: the inputs.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices or diff_attrs. Pixels whose triangle or vertices do
+    not exist are background.
     """
+    dtypes = ()
+    if isinstance(attr, torch.Tensor) and backends.choose("interpolate", attr.device) != "reference":
+        dtypes = (torch.float32,)
     batched = isinstance(attr, torch.Tensor) and attr.dim() == 3
-    require_tensor("attr", attr, ("batch", "vertices", "attributes") if batched else ("vertices", "attributes"))
-    require_tensor("rast", rast, ("batch", "height", "width", 4))
+    shape = ("vertices", "attributes")
+    require_tensor("attr", attr, ("batch", *shape) if batched else shape, *dtypes)
+    require_tensor("rast", rast, ("batch", "height", "width", 4), *dtypes)
     require_tensor("tri", tri, ("triangles", 3), torch.int32)
-    if attr.dim() == 3 and attr.shape[0] not in (1, rast.shape[0]):
+    if batched and attr.shape[0] not in (1, rast.shape[0]):
         raise ValueError(f"attr: expected a batch of 1 or {rast.shape[0]} like rast, got {attr.shape[0]}")
     chosen = _chosen(diff_attrs, attr.shape[-1])
-    if chosen:
-        if rast_db is None:
-            raise ValueError("rast_db: expected a tensor, since diff_attrs asks for derivatives, got None")
-        require_tensor("rast_db", rast_db, tuple(rast.shape))
-    require_same_device(attr=attr, rast=rast, tri=tri, rast_db=rast_db)
-    return reference_interpolate(attr, rast, tri, rast_db, chosen)
+    if chosen and rast_db is None:
+        raise ValueError("rast_db: expected a tensor, since diff_attrs asks for derivatives, got None")
+    rast_db = rast_db if chosen else None
+    if rast_db is not None:
+        require_tensor("rast_db", rast_db, tuple(rast.shape), *dtypes)
+    device = require_same_device(attr=attr, rast=rast, tri=tri, rast_db=rast_db)
+    if backends.choose("interpolate", device) == "reference":
+        return reference_interpolate(attr, rast, tri, rast_db, chosen)
+    return _interpolate(attr, rast, tri, rast_db, chosen)
 
 
 def _chosen(diff_attrs: Sequence[int] | str | None, attributes: int) -> list[int]:
@@ -49,3 +64,105 @@ def _chosen(diff_attrs: Sequence[int] | str | None, attributes: int) -> list[int
     if any(not 0 <= i < attributes for i in chosen):
         raise ValueError(f"diff_attrs: expected indices from 0 to {attributes - 1}, got {chosen}")
     return chosen
+
+
+def _indices(diff_attrs, attr) -> torch.Tensor | None:
+    """The chosen attributes for the kernel; None stands for all of them."""
+    if diff_attrs == list(range(attr.shape[-1])):
+        return None
+    return torch.tensor(diff_attrs, dtype=torch.int32).to(attr.device, non_blocking=True)
+
+
+def _sizes(attr, rast, tri, diff_attrs):
+    images, height, width, _ = rast.shape
+    shared = attr.dim() == 2 or attr.shape[0] == 1
+    return images, height * width, attr.shape[-2], tri.shape[0], attr.shape[-1], len(diff_attrs), int(shared)
+
+
+def _forward(attr, rast, tri, rast_db, diff_attrs):
+    attr, rast, tri = attr.contiguous(), rast.contiguous(), tri.contiguous()
+    rast_db = None if rast_db is None else rast_db.contiguous()
+    out, out_da = _fake_forward(attr, rast, tri, rast_db, diff_attrs)
+    native.call("interpolate_forward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), out, out_da,
+                *_sizes(attr, rast, tri, diff_attrs))
+    return out, out_da
+
+
+def _fake_forward(attr, rast, tri, rast_db, diff_attrs):
+    shape = rast.shape[:3]
+    return attr.new_empty(*shape, attr.shape[-1]), attr.new_empty(*shape, 2 * len(diff_attrs))
+
+
+def _backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr):
+    grad_out, grad_da, attr, rast, tri = (x.contiguous() for x in (grad_out, grad_da, attr, rast, tri))
+    rast_db = None if rast_db is None else rast_db.contiguous()
+    in_order = want_attr and native.runs_cuda_source(attr.device) and torch.are_deterministic_algorithms_enabled()
+    grad_attr = torch.zeros_like(attr) if want_attr else attr.new_empty(0)
+    grad_rast = torch.empty_like(rast)
+    grad_db = rast.new_empty(0) if rast_db is None else torch.empty_like(rast_db)
+    native.call("interpolate_backward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), grad_out, grad_da,
+                grad_attr if want_attr and not in_order else None, grad_rast, grad_db,
+                *_sizes(attr, rast, tri, diff_attrs))
+    if in_order:
+        _add_in_order(grad_attr, grad_out, grad_da, rast, tri, rast_db, diff_attrs)
+    return grad_attr, grad_rast, grad_db
+
+
+def _add_in_order(grad_attr, grad_out, grad_da, rast, tri, rast_db, diff_attrs):
+    """The gradient to attr with torch's deterministic index_put."""
+    ids = decode_triangle_ids(rast[..., 3]).reshape(-1)
+    pixel = ((ids >= 0) & (ids < tri.shape[0])).nonzero()[:, 0]
+    vertices = tri[ids[pixel].long()].long()
+    inside = ((vertices >= 0) & (vertices < grad_attr.shape[-2])).all(1)
+    pixel, vertices = pixel[inside], vertices[inside]
+    u, v = rast.reshape(-1, 4)[pixel, :2].unbind(-1)
+    values = torch.stack([u, v, 1 - u - v], -1)[..., None] * grad_out.flatten(0, 2)[pixel, None]
+    if diff_attrs:
+        along = torch.einsum("nkx,ndx->nkd", rast_db.reshape(-1, 2, 2)[pixel],
+                             grad_da.reshape(-1, len(diff_attrs), 2)[pixel])
+        along = torch.cat([along, -along.sum(1, keepdim=True)], 1)
+        for d, c in enumerate(diff_attrs):
+            values[..., c] += along[..., d]
+    if grad_attr.dim() == 3 and grad_attr.shape[0] > 1:
+        vertices = vertices + (pixel // (rast.shape[1] * rast.shape[2]) * grad_attr.shape[1])[:, None]
+    channels = grad_attr.shape[-1]
+    grad_attr.view(-1, channels).index_put_((vertices.reshape(-1),), values.reshape(-1, channels), accumulate=True)
+
+
+def _fake_backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr):
+    contiguous = torch.contiguous_format
+    grad_attr = torch.empty_like(attr, memory_format=contiguous) if want_attr else attr.new_empty(0)
+    grad_db = rast.new_empty(0) if rast_db is None else torch.empty_like(rast_db, memory_format=contiguous)
+    return grad_attr, torch.empty_like(rast, memory_format=contiguous), grad_db
+
+
+class _Interpolate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, attr, rast, tri, rast_db, diff_attrs):
+        ctx.save_for_backward(attr, rast, tri, rast_db)
+        ctx.diff_attrs = list(diff_attrs)
+        return _interpolate(attr, rast, tri, rast_db, diff_attrs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_da):
+        attr, rast, tri, rast_db = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_attr, grad_rast, grad_db = _interpolate_backward(
+            grad_out, grad_da, attr, rast, tri, rast_db, ctx.diff_attrs, wanted[0]
+        )
+        return grad_attr if wanted[0] else None, grad_rast, None, grad_db if rast_db is not None else None, None
+
+
+_interpolate = define(
+    "interpolate(Tensor attr, Tensor rast, Tensor tri, Tensor? rast_db, int[] diff_attrs) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _Interpolate,
+)
+_interpolate_backward = define(
+    "interpolate_backward(Tensor grad_out, Tensor grad_da, Tensor attr, Tensor rast, Tensor tri, Tensor? rast_db, "
+    "int[] diff_attrs, bool want_attr) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -8,7 +8,7 @@ Visibility is exact and has one definition for every backend, bit for bit:
 2. Vertices are projected in float32 and snapped to 1/256 pixel. Edge functions are integers.
 3. A pixel belongs to a triangle if its centre, moved by an infinitesimal (e, e^2), is inside: on a shared edge exactly
    one of the two owns it (the top-left rule in memory order, row 0 first). A clipped polygon covers a pixel if the
-   signed count of its fan's triangles there is not zero.
+   signed count of its fan's triangles there is not zero, with the smallest of their depths.
 4. Depth is affine in the snapped triangle, its vertices ordered from the smallest (x, y) counter-clockwise, so that
    coincident triangles tie exactly however they are wound. key = ordered(depth) << 32 | ~id; the smallest key is seen:
    the nearest triangle and, on a tie, the last one.
@@ -86,7 +86,7 @@ def clip(polygons: torch.Tensor, guard: float) -> tuple[torch.Tensor, torch.Tens
         order = torch.sort((~kept).to(torch.uint8), dim=1, stable=True).indices[:, :slots]
         polygons = points.gather(1, order[..., None].expand(-1, -1, 4))
         count = kept.sum(1, keepdim=True)
-    return polygons.float(), count[:, 0]
+    return polygons.float(), torch.where(count > slots, 0, count)[:, 0]
 
 
 def snap(points: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,7 +117,7 @@ def visible_keys(
         present = torch.arange(polygons.shape[1], device=pos.device) < count[:, None]
         w = polygons[..., 3]
         projects = polygons.isfinite().all(-1) & (w >= MINIMUM_W)
-        bounded = (polygons[..., :2].abs() <= 2 * guard * w[..., None]).all(-1)
+        bounded = (polygons[..., :2].abs() <= 2 * guard * w[..., None]).all(-1) & (polygons[..., 2].abs() <= 2 * w)
         fine = (count >= 3) & (projects & bounded | ~present).all(1)
         first = torch.where(present[..., None], polygons, polygons[:, :1])  # unused corners repeat the first
         groups.append((first[fine], count[fine], ids[crossing][fine]))
@@ -157,14 +157,13 @@ def _draw(keys, x, y, depth, ids, height, width, previous):
 
 
 def _cover(x, y, depth, px, py):
-    """For polygons [N, P] and points [N]: which are covered, and the depth there."""
-    winding, z = torch.zeros_like(px), torch.zeros_like(depth[:, 0])
-    seen = torch.zeros_like(px, dtype=torch.bool)
+    """For polygons [N, P] and points [N]: which are covered, and the smallest depth there."""
+    winding, z = torch.zeros_like(px), torch.full_like(depth[:, 0], 2)
     for k in range(1, x.shape[1] - 1):
         fan = torch.tensor([0, k, k + 1], device=x.device)
         inside, orientation, triangle_z = _cover_triangle(x[:, fan], y[:, fan], depth[:, fan], px, py)
         winding = winding + inside * orientation
-        z, seen = torch.where(inside & ~seen, triangle_z, z), seen | inside
+        z = torch.where(inside & (triangle_z < z), triangle_z, z)
     return winding != 0, z
 
 

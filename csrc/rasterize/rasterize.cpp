@@ -1,0 +1,194 @@
+// The image is cut into bands of rows. First, chunks of triangles are sorted into the bands that they touch; then each
+// band is drawn by one thread into keys that fit its cache, without atomics, and resolved while they are still there.
+#include "rasterize/rasterize.h"
+#include <cstdlib>
+#include <stdexcept>
+#include "common/parallel.h"
+#include "rasterize/draw.h"
+
+namespace text3d {
+namespace TEXT3D_ISA {
+namespace {
+
+constexpr int32_t kChunk = 4096;            // triangles sorted into bands at once
+constexpr int64_t kBandBytes = 192 << 10;   // of a band's keys
+constexpr int32_t kResolveLanes = 16;
+
+// The triangles of one chunk, band after band.
+struct Bin {
+  int32_t* ids = nullptr;      // ids[offsets[band]] to ids[offsets[band + 1]]
+  int32_t* offsets = nullptr;  // [bands + 1]
+};
+
+struct Bands {
+  int32_t shift, count;  // 2^shift rows each
+  Bands(const Viewport& view) : shift(2) {
+    const int64_t row_bytes = int64_t(view.width) * 8;
+    const int32_t wanted = 4 * thread_count();
+    while ((row_bytes << (shift + 1)) <= kBandBytes && (view.height >> (shift + 1)) >= wanted) ++shift;
+    count = ((view.height - 1) >> shift) + 1;
+  }
+};
+
+// Returns false if a vertex index is out of range.
+bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int64_t end, Bin& bin) {
+  int32_t ids[kChunk], low[kChunk], high[kChunk], kept = 0;
+  bool fine = true;
+  TriangleBlock block;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int32_t filled = int32_t(end - start < kBlock ? end - start : kBlock);
+    for (int32_t l = 0; l < kBlock; ++l) block.ids[l] = int32_t(start + (l < filled ? l : filled - 1));
+    fine &= block.load(image);
+    block.bounds(image.view);
+    for (int32_t l = 0; l < filled; ++l) {
+      if (block.state[l] == kCulled) continue;
+      if (block.state[l] == kCrossing) {
+        const ClippedPolygon polygon = image.clipped(block.ids[l]);
+        if (polygon.count < 3) continue;
+        polygon.bounds(image.view, block.left[l], block.right[l], block.bottom[l], block.top[l]);
+        if (block.left[l] > block.right[l] || block.bottom[l] > block.top[l]) continue;
+      }
+      ids[kept] = block.ids[l], low[kept] = block.bottom[l] >> bands.shift, high[kept] = block.top[l] >> bands.shift;
+      ++kept;
+    }
+  }
+  bin.offsets = static_cast<int32_t*>(std::calloc(size_t(bands.count) + 1, sizeof(int32_t)));
+  for (int32_t i = 0; i < kept; ++i)
+    for (int32_t b = low[i]; b <= high[i]; ++b) ++bin.offsets[b];
+  int32_t total = 0;
+  for (int32_t b = 0; b <= bands.count; ++b) {  // starts; filling moves each to its end, the next one's start
+    const int32_t count = bin.offsets[b];
+    bin.offsets[b] = total, total += count;
+  }
+  bin.ids = static_cast<int32_t*>(std::malloc(size_t(total) * sizeof(int32_t) + 4));
+  for (int32_t i = 0; i < kept; ++i)
+    for (int32_t b = low[i]; b <= high[i]; ++b) bin.ids[bin.offsets[b]++] = ids[i];
+  for (int32_t b = bands.count; b > 0; --b) bin.offsets[b] = bin.offsets[b - 1];
+  bin.offsets[0] = 0;
+  return fine;
+}
+
+void resolve_pixels(const Image& image, const int64_t* keys, int32_t row, int32_t column, int32_t count, float* rast,
+                    float* rast_db) {
+  constexpr int L = kResolveLanes;
+  int32_t ids[L];
+  bool any = false;
+  for (int l = 0; l < L; ++l) {
+    ids[l] = l < count ? key_triangle(keys[l]) : -1;
+    any |= ids[l] >= 0;
+  }
+  if (!any) {
+    std::memset(rast, 0, size_t(count) * 16);
+    std::memset(rast_db, 0, size_t(count) * 16);
+    return;
+  }
+  float corners[3][4][L];
+  for (int l = 0; l < L; ++l) {
+    const int32_t* vertices = image.tri + 3 * int64_t(ids[l] < 0 ? 0 : ids[l]);
+    for (int k = 0; k < 3; ++k) {
+      const float* p = image.pos + 4 * int64_t(ids[l] < 0 ? 0 : vertices[k]);
+      for (int c = 0; c < 4; ++c) corners[k][c][l] = p[c];
+    }
+  }
+  const float fy = pixel_centre(row, float(image.view.height)), width = float(image.view.width);
+  const float scale_x = 2.f / width, scale_y = 2.f / float(image.view.height);
+  float out[8][L];
+#pragma omp simd
+  for (int l = 0; l < L; ++l) {
+    const Corner c0{corners[0][0][l], corners[0][1][l], corners[0][2][l], corners[0][3][l]};
+    const Corner c1{corners[1][0][l], corners[1][1][l], corners[1][2][l], corners[1][3][l]};
+    const Corner c2{corners[2][0][l], corners[2][1][l], corners[2][2][l], corners[2][3][l]};
+    float r[3], db[4];
+    resolve(c0, c1, c2, pixel_centre(column + l, width), fy, scale_x, scale_y, r, db);
+    const bool covered = ids[l] >= 0;
+    out[0][l] = covered ? r[0] : 0.f, out[1][l] = covered ? r[1] : 0.f, out[2][l] = covered ? r[2] : 0.f;
+    out[3][l] = covered ? encode_triangle_id(ids[l]) : 0.f;
+    out[4][l] = covered ? db[0] : 0.f, out[5][l] = covered ? db[1] : 0.f;
+    out[6][l] = covered ? db[2] : 0.f, out[7][l] = covered ? db[3] : 0.f;
+  }
+  for (int l = 0; l < count; ++l)
+    for (int c = 0; c < 4; ++c) rast[4 * l + c] = out[c][l], rast_db[4 * l + c] = out[4 + c][l];
+}
+
+void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t chunks, int32_t band, int64_t* scratch,
+               const int64_t* previous, int64_t* keys_out, float* rast, float* rast_db) {
+  const int32_t begin = band << bands.shift, width = image.view.width;
+  const int32_t end = begin + (1 << bands.shift) < image.view.height ? begin + (1 << bands.shift) : image.view.height;
+  Canvas canvas{scratch, nullptr, width + kLanes, begin, end};
+  const int64_t cells = int64_t(end - begin) * canvas.stride;
+  for (int64_t i = 0; i < cells; ++i) scratch[i] = kNothing;
+  if (previous) {
+    canvas.previous = scratch + cells;
+    for (int32_t y = begin; y < end; ++y)
+      std::memcpy(scratch + cells + int64_t(y - begin) * canvas.stride, previous + int64_t(y) * width, size_t(width) * 8);
+  }
+  TriangleBlock block;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int32_t first = bins[chunk].offsets[band], last = bins[chunk].offsets[band + 1];
+    for (int32_t start = first; start < last; start += kBlock) {
+      const int32_t filled = last - start < kBlock ? last - start : kBlock;
+      for (int32_t l = 0; l < kBlock; ++l) block.ids[l] = bins[chunk].ids[start + (l < filled ? l : filled - 1)];
+      block.load(image);
+      block.bounds(image.view);
+      if (previous) {
+        draw_block<true>(image, block, filled, canvas);
+      } else {
+        draw_block<false>(image, block, filled, canvas);
+      }
+    }
+  }
+  for (int32_t y = begin; y < end; ++y) {
+    const int64_t* row = canvas.keys + int64_t(y - begin) * canvas.stride;
+    const int64_t pixel = int64_t(y) * width;
+    if (keys_out) std::memcpy(keys_out + pixel, row, size_t(width) * 8);
+    for (int32_t x = 0; x < width; x += kResolveLanes)
+      resolve_pixels(image, row + x, y, x, width - x < kResolveLanes ? width - x : kResolveLanes, rast + 4 * (pixel + x),
+                     rast_db + 4 * (pixel + x));
+  }
+}
+
+void snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
+  parallel_for(count, 8192, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float x = pos[4 * i], y = pos[4 * i + 1], z = pos[4 * i + 2], w = pos[4 * i + 3];
+      snapped[i] = snap(x, y, z, w, outcode(x, y, z, w, view.guard), view);
+    }
+  });
+}
+
+}  // namespace
+
+void rasterize_forward(const RasterizeForwardParams& p) {
+  const int64_t pixels = int64_t(p.height) * p.width;
+  if (pixels == 0 || p.batch == 0) return;
+  const Viewport view(p.height, p.width);
+  const Bands bands(view);
+  snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped);
+  const int64_t most = p.ranges ? p.largest_count : p.triangles;
+  Bin* bins = new Bin[size_t((most + kChunk - 1) / kChunk)];
+  bool fine = true;
+  for (int64_t b = 0; b < p.batch && fine; ++b) {
+    const int64_t first = p.ranges ? p.ranges[2 * b] : 0, count = p.ranges ? p.ranges[2 * b + 1] : p.triangles;
+    const int64_t own = p.instanced ? b * p.vertices : 0, chunks = (count + kChunk - 1) / kChunk;
+    const Image image{p.pos + 4 * own, p.snapped + own, p.tri, p.vertices, view};
+    parallel_for(count, kChunk, [&](int64_t begin, int64_t end) {
+      if (!sort_into_bands(image, bands, first + begin, first + end, bins[begin / kChunk]))
+        __atomic_store_n(&fine, false, __ATOMIC_RELAXED);
+    });
+    if (fine) parallel_for(bands.count, 1, [&](int64_t band, int64_t) {
+      const size_t cells = (size_t(view.width) + kLanes) << bands.shift;
+      int64_t* scratch = static_cast<int64_t*>(std::malloc(cells * (p.previous ? 16 : 8)));
+      draw_band(image, bands, bins, chunks, int32_t(band), scratch, p.previous ? p.previous + b * pixels : nullptr,
+                p.keys ? p.keys + b * pixels : nullptr, p.rast + 4 * b * pixels, p.rast_db + 4 * b * pixels);
+      std::free(scratch);
+    });
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) std::free(bins[chunk].ids), std::free(bins[chunk].offsets);
+  }
+  delete[] bins;
+  if (!fine)
+    throw std::invalid_argument("tri: expected indices from 0 to " + std::to_string(p.vertices - 1) +
+                                ", got some out of this range");
+}
+
+}  // namespace TEXT3D_ISA
+}  // namespace text3d

@@ -31,7 +31,8 @@ def descend(mixture: GaussianMixture, points: torch.Tensor, time_range: tuple, s
     optimizer = torch.optim.Adam([points], 0.05)
     conditions = Conditions([""] * (DRAWS * len(points)))
     path = [points.detach().clone()]
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.06 * (1 - step / STEPS) + 0.002
         images = points.repeat(DRAWS, 1)[:, None, None]
         (slope,) = torch.autograd.grad(sds(images, conditions, generator=generator).loss, points)
         points.grad = sign * slope
@@ -74,10 +75,10 @@ def main() -> None:
         path = descend(line, torch.tensor([[0.4], [1.6], [3.0]]), (0.02, 0.98), sign)[..., 0]
         objective = expected_divergence(line, path.reshape(-1), WEIGHTINGS["sigma2"], nodes=(48, 64))
         objective = objective.reshape(path.shape)
-        panels[2].plot(objective.numpy(), color=color, lw=1.2, label=[f"along $-w$ ({name})", None, None])
+        panels[2].plot(objective.numpy(), color=color, lw=1.4, label=[f"along $-w$ ({name})", None, None])
         if sign > 0:
             print(f"ends at {[round(x, 3) for x in path[-1].tolist()]}; the stationary point is 1.015")
-    panels[2].set(title="two modes at $\\pm 2$, sd 0.5, one dimension", xlabel="step",
+    panels[2].set(title="two modes at $\\pm 2$, sd 0.5, one dimension", xlabel="step", ylim=(0.15, 0.8),
                   ylabel=r"$E_t[w\,\sigma/\alpha\,KL(q_t \Vert p_t)]$")
     panels[2].legend(fontsize=8)
     figure.savefig(out, dpi=110)

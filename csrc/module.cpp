@@ -13,10 +13,14 @@
 #include "march_rays/march_rays.h"
 #include "interpolate/interpolate.h"
 #include "rasterize/rasterize.h"
+#include "hash_grid/hash_grid.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
   /* hash_grid */                                                       \
+  TEXT3D_ENTRY(hash_grid_forward, HashGridForwardParams)                \
+  TEXT3D_ENTRY(hash_grid_backward, HashGridBackwardParams)              \
+  TEXT3D_ENTRY(hash_grid_second, HashGridSecondParams)                  \
                                                                         \
   /* occupancy, march, composite */                                     \
   TEXT3D_ENTRY(march_rays_count, MarchRaysParams)                       \
@@ -103,6 +107,13 @@ void assign(Array<T, N>& field, py::handle value) {
   const auto sequence = value.cast<py::sequence>();
   if (sequence.size() > std::size_t(N)) throw std::invalid_argument("at most " + std::to_string(N) + " values fit");
   for (std::size_t i = 0; i < sequence.size(); ++i) assign(field.data[i], sequence[i]);
+}
+
+template <class T, std::size_t N>
+void assign(T (&field)[N], py::handle value) {
+  const auto sequence = value.cast<py::sequence>();
+  if (sequence.size() > N) throw std::invalid_argument("at most " + std::to_string(N) + " values fit");
+  for (std::size_t i = 0; i < sequence.size(); ++i) assign(field[i], sequence[i]);
 }
 
 template <class Params>

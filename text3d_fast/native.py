@@ -42,6 +42,11 @@ def cpu_isa() -> str:
     return getattr(_module, "cpu_isa", "none")
 
 
+def emulated() -> bool:
+    """Whether CUDA sources run on host memory instead of the CPU kernels (TEXT3D_EMULATE=1, for tests)."""
+    return _EMULATE
+
+
 def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | None) -> None:
     """Run entry point `name` with its Params' fields in order, on the device that the tensors are on.
 

@@ -1,9 +1,11 @@
 """Multiresolution hash-grid encoding (Mueller et al. 2022)."""
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from text3d_fast import backends
+from text3d_fast import backends, native
 from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.registration import define
 from text3d_fast.reference import hash_grid as reference
 from text3d_fast.reference.hash_grid_spec import HashGridSpec
 
@@ -28,11 +30,15 @@ def hash_grid(
     compute_dtype: what the table is rounded to before reading (float32, float16, bfloat16; None: float32); sums are
         float32 whatever it is, and gradients are of the rounded table with respect to its float32 master.
     Returns float32 [N, levels * features], level by level. Gradients to x and params, twice.
-    Kept for the backward pass: x and params themselves.
+    Kept for the backward pass: x and params themselves; a rounded table is kept until params change.
+    On a CPU sums into params are always in the order of the points, so results do not depend on the threads; on CUDA
+    they are exact sums in fixed point, slower, under torch.use_deterministic_algorithms(True).
     Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for x that is not finite.
     """
-    active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
-    return reference.hash_grid(x, _rounded(params, compute_dtype), spec, active_levels)
+    backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
+    if backend == "reference":
+        return reference.hash_grid(x, _rounded(params, compute_dtype), spec, active_levels)
+    return _hash_grid(x, params, spec.key, active_levels, compute_dtype)
 
 
 def hash_grid_grad(
@@ -47,15 +53,20 @@ def hash_grid_grad(
     For gradients inside a loss, such as normals of a density, under torch.compile, which refuses create_graph=True.
     Arguments and errors as `hash_grid`. Returns y [N, levels * features] and dy/dx [N, levels * features, dim].
     """
-    active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
-    return reference.hash_grid_grad(x, _rounded(params, compute_dtype), spec, active_levels)
+    backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
+    if backend == "reference":
+        return reference.hash_grid_grad(x, _rounded(params, compute_dtype), spec, active_levels)
+    return _hash_grid_grad(x, params, spec.key, active_levels, compute_dtype)
 
 
 def _check(x, params, spec, active_levels, compute_dtype):
     if not isinstance(spec, HashGridSpec):
         raise TypeError(f"spec: expected a HashGridSpec, got {type(spec).__name__}")
     require_tensor("x", x, ("points", spec.dim))
-    require_tensor("params", params, (spec.num_params,))
+    backend = backends.choose("hash_grid", x.device)
+    dtypes = () if backend == "reference" else (torch.float32,)
+    require_tensor("x", x, ("points", spec.dim), *dtypes)
+    require_tensor("params", params, (spec.num_params,), *dtypes)
     require_same_device(x=x, params=params)
     active_levels = spec.levels if active_levels is None else active_levels
     if not 0 <= active_levels <= spec.levels:
@@ -63,7 +74,7 @@ def _check(x, params, spec, active_levels, compute_dtype):
     compute_dtype = torch.float32 if compute_dtype is None else compute_dtype
     if compute_dtype not in TABLE_DTYPES:
         raise TypeError(f"compute_dtype: expected one of {', '.join(map(str, TABLE_DTYPES))}, got {compute_dtype}")
-    return active_levels, compute_dtype
+    return backend, active_levels, compute_dtype
 
 
 def _rounded(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,3 +82,201 @@ def _rounded(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float32:
         return params
     return params + (params.detach().to(dtype).to(params.dtype) - params.detach())
+
+
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()  # params -> (version, dtype, rounded table)
+
+
+def _table(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The table that the kernels read: params, or their copy in `dtype`, made once per version of params."""
+    if dtype == torch.float32:
+        return params.contiguous()
+    version = None if params.is_inference() else params._version
+    cached = _tables.get(params)
+    if cached is not None and version is not None and cached[:2] == (version, dtype):
+        return cached[2]
+    table = torch.zeros(params.numel() + params.numel() % 2, dtype=dtype, device=params.device)  # whole 4-byte words
+    table[: params.numel()].copy_(params)
+    _tables[params] = (version, dtype, table)
+    return table
+
+
+def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
+    """The fields of HashGridLayout."""
+    return (spec.level_scales, spec.level_resolutions, spec.level_offsets, spec.level_hashed, spec.offset, spec.dim,
+            spec.features, spec.levels, active_levels, spec.interpolation == "smoothstep", spec.dialect == "ngp")
+
+
+def _forward(x, params, key, active_levels, dtype):
+    spec = HashGridSpec.parse(key)
+    y = _fake_forward(x, params, key, active_levels, dtype)
+    native.call("hash_grid_forward", x.contiguous(), _table(params, dtype), y, None, x.shape[0],
+                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    return y
+
+
+def _fake_forward(x, params, key, active_levels, dtype):
+    return x.new_empty(x.shape[0], HashGridSpec.parse(key).output_dim)
+
+
+def _grad_forward(x, params, key, active_levels, dtype):
+    spec = HashGridSpec.parse(key)
+    y, jacobian = _fake_grad_forward(x, params, key, active_levels, dtype)
+    native.call("hash_grid_forward", x.contiguous(), _table(params, dtype), y, jacobian, x.shape[0],
+                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    return y, jacobian
+
+
+def _fake_grad_forward(x, params, key, active_levels, dtype):
+    spec = HashGridSpec.parse(key)
+    return x.new_empty(x.shape[0], spec.output_dim), x.new_empty(x.shape[0], spec.output_dim, spec.dim)
+
+
+def _backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+    return _any_backward(grad_y, None, x, params, key, active_levels, dtype, need_x, need_params)
+
+
+def _grad_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params):
+    return _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params)
+
+
+def _fixed_point(params: torch.Tensor, grad_y: torch.Tensor, bound: float | torch.Tensor) -> tuple:
+    """fixed and fixed_scale of the Params: under torch.use_deterministic_algorithms CUDA sums in 64-bit integers.
+
+    bound: of the weights that grad_y is multiplied with. N sums of at most max|grad_y| bound fit in 2^62.
+    """
+    cuda = params.device.type == "cuda" or native.emulated()
+    if not (cuda and torch.are_deterministic_algorithms_enabled()) or not grad_y.numel():
+        return None, None
+    largest = grad_y.abs().amax().double() * bound * grad_y.shape[0]
+    scale = torch.exp2(torch.floor(60 - torch.log2(largest.clamp(min=1e-30)))).clamp(max=2.0**100)
+    return torch.zeros(params.shape, dtype=torch.int64, device=params.device), scale.float()
+
+
+def _steepest(spec: HashGridSpec) -> float:
+    """No weight's derivative by a coordinate exceeds this."""
+    return max(spec.level_scales) * (1.5 if spec.interpolation == "smoothstep" else 1.0)
+
+
+def _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params):
+    grad_x, grad_params = _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
+    spec, fixed = HashGridSpec.parse(key), (None, None)
+    if grad_jacobian is not None:
+        grad_jacobian = grad_jacobian.contiguous()
+    if need_params:
+        largest, bound = grad_y, 1.0
+        if grad_jacobian is not None:
+            largest, bound = torch.cat([grad_y, grad_jacobian.flatten(1)], 1), 1.0 + spec.dim * _steepest(spec)
+        fixed = _fixed_point(params, largest, bound)
+    native.call("hash_grid_backward", x.contiguous(), _table(params, dtype), grad_y.contiguous(), grad_jacobian,
+                grad_x if need_x else None, grad_params if need_params else None, *fixed, x.shape[0],
+                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    return grad_x, grad_params
+
+
+def _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+    """A gradient that is not needed comes back empty."""
+    return x.new_empty(x.shape if need_x else 0), params.new_empty(params.shape if need_params else 0)
+
+
+def _fake_grad_backward(grad_y, grad_jacobian, x, *rest):
+    return _fake_backward(grad_y, x, *rest)
+
+
+def _second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+    outputs = _fake_second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x,
+                           need_params)
+    grad_grad_y, grad_x, grad_params = outputs
+    cotangents = [None if c is None else c.contiguous() for c in (cotangent_x, cotangent_params)]
+    spec, fixed = HashGridSpec.parse(key), (None, None)
+    if need_params and cotangent_x.numel():
+        fixed = _fixed_point(params, grad_y, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec))
+    native.call("hash_grid_second", x.contiguous(), _table(params, dtype), grad_y.contiguous(), *cotangents,
+                grad_grad_y, grad_x if need_x else None, grad_params if need_params else None, *fixed, x.shape[0],
+                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    return outputs
+
+
+def _fake_second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+    grad_x, grad_params = _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
+    return x.new_empty(grad_y.shape), grad_x, grad_params
+
+
+class _HashGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, params, key, active_levels, dtype):
+        ctx.save_for_backward(x, params)
+        ctx.rest = key, active_levels, dtype
+        return _hash_grid(x, params, key, active_levels, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        need_x, need_params = ctx.needs_input_grad[:2]
+        grad_x, grad_params = _hash_grid_backward(grad_y, *ctx.saved_tensors, *ctx.rest, need_x, need_params)
+        return grad_x if need_x else None, grad_params if need_params else None, None, None, None
+
+
+class _HashGridBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+        ctx.save_for_backward(grad_y, x, params)
+        ctx.rest = key, active_levels, dtype
+        ctx.set_materialize_grads(False)
+        ctx.given = need_x, need_params
+        return _hash_grid_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
+
+    @staticmethod
+    def backward(ctx, cotangent_x, cotangent_params):
+        cotangent_x, cotangent_params = (
+            c if given else None for c, given in zip((cotangent_x, cotangent_params), ctx.given)
+        )
+        if cotangent_x is None and cotangent_params is None:
+            return (None,) * 8
+        need_x, need_params = ctx.needs_input_grad[1:3]
+        need_params = need_params and cotangent_x is not None  # grad_params does not depend on params
+        grads = _hash_grid_second(cotangent_x, cotangent_params, *ctx.saved_tensors, *ctx.rest, need_x, need_params)
+        return grads[0], grads[1] if need_x else None, grads[2] if need_params else None, *(None,) * 5
+
+
+class _HashGridGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, params, key, active_levels, dtype):
+        ctx.save_for_backward(x, params)
+        ctx.rest = key, active_levels, dtype
+        return _hash_grid_grad(x, params, key, active_levels, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_jacobian):
+        need_x, need_params = ctx.needs_input_grad[:2]
+        grad_x, grad_params = _hash_grid_grad_backward(grad_y, grad_jacobian, *ctx.saved_tensors, *ctx.rest, need_x,
+                                                       need_params)
+        return grad_x if need_x else None, grad_params if need_params else None, None, None, None
+
+
+def _last_order(name):
+    """An autograd.Function around op `name` that refuses to be differentiated, rather than being taken for a constant."""
+
+    class LastOrder(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            return getattr(torch.ops.text3d, name)(*args)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(f"{name}: derivatives of a higher order are only in use_backend('reference')")
+
+    return LastOrder
+
+
+_GRID = "Tensor x, Tensor params, str spec, SymInt active_levels, ScalarType dtype"
+_NEEDS = "bool need_x, bool need_params"
+_hash_grid = define(f"hash_grid({_GRID}) -> Tensor", _forward, _fake_forward, _HashGrid)
+_hash_grid_backward = define(f"hash_grid_backward(Tensor grad_y, {_GRID}, {_NEEDS}) -> (Tensor, Tensor)",
+                             _backward, _fake_backward, _HashGridBackward)
+_hash_grid_second = define(f"hash_grid_second(Tensor? cotangent_x, Tensor? cotangent_params, Tensor grad_y, {_GRID}, "
+                           f"{_NEEDS}) -> (Tensor, Tensor, Tensor)", _second, _fake_second, _last_order("hash_grid_second"))
+_hash_grid_grad = define(f"hash_grid_grad({_GRID}) -> (Tensor, Tensor)", _grad_forward, _fake_grad_forward,
+                         _HashGridGrad)
+_hash_grid_grad_backward = define(
+    f"hash_grid_grad_backward(Tensor grad_y, Tensor grad_jacobian, {_GRID}, {_NEEDS}) -> (Tensor, Tensor)",
+    _grad_backward, _fake_grad_backward, _last_order("hash_grid_grad_backward"))

@@ -20,12 +20,13 @@ def hash_grid(x: torch.Tensor, params: torch.Tensor, spec: HashGridSpec, active_
             continue
         table = entries[spec.level_offsets[level] : spec.level_offsets[level + 1]]
         position = x * spec.level_scales[level] + spec.offset
+        # saturated to int32, then taken as uint32: what the kernels do with points far outside
+        position = position.clamp(-(2.0**31), 2.0**31 - 128)
         cell = position.detach().floor()
         weight = position - cell
         if spec.interpolation == "smoothstep":
             weight = weight * weight * (3 - 2 * weight)
-        # saturated to int32, then taken as uint32: what the kernels do with points far outside
-        cell = cell.nan_to_num(0.0).double().clamp(-(2**31), 2**31 - 1).long() & _UINT32
+        cell = cell.nan_to_num(0.0).long() & _UINT32
         output = 0
         for corner in itertools.product((0, 1), repeat=spec.dim):
             factors = [weight[:, d] if bit else 1 - weight[:, d] for d, bit in enumerate(corner)]

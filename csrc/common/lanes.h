@@ -1,0 +1,144 @@
+// Lanes: vectors as wide as the instruction set that a .cpp is compiled for, through the compiler's vector extension.
+// For .cpp files only. Include before headers whose templates take lanes where CUDA passes single numbers.
+#pragma once
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own gather intrinsics start from an undefined register
+#endif
+#include "common/host_device.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace text3d {
+namespace TEXT3D_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Uints __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+inline Floats broadcast(float value) { return Floats{} + value; }
+
+inline Floats load_lanes(const float* from) {
+  Floats lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store_lanes(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+inline Floats min_of(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats max_of(Floats a, Floats b) { return a > b ? a : b; }
+inline Uints min_of(Uints a, Uints b) { return a < b ? a : b; }
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t seen = 0;
+  for (int lane = 0; lane < kLanes; ++lane) seen |= mask[lane];
+  return seen != 0;
+#endif
+}
+
+// Half-precision bits in the low 16 bits of each lane.
+inline Floats half_to_floats(Uints bits) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)bits));
+#else
+  const Uints magnitude = (bits & 0x7fffu) << 13;
+  const Uints special = (Uints)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN
+  const Floats scaled = (Floats)magnitude * 5.192296858534828e33f;       // 2^112 moves the exponent's bias
+  return (Floats)((Uints)scaled | special | ((bits & 0x8000u) << 16));
+#endif
+}
+
+inline Floats bfloat16_to_floats(Uints bits) { return (Floats)(bits << 16); }
+
+// out[f] = table[index * Features + f]
+template <int Features>
+inline void gather(const float* table, Uints index, Floats* out) {
+#if defined(__AVX512F__)
+  if constexpr (Features == 1) {
+    out[0] = (Floats)_mm512_i32gather_ps((__m512i)index, table, 4);
+  } else {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512i pair = (__m512i)(index * uint32_t(Features / 2));
+    const __m256i low = _mm512_castsi512_si256(pair), high = _mm512_extracti64x4_epi64(pair, 1);
+    for (int f = 0; f < Features; f += 2) {
+      const __m512 a = _mm512_castpd_ps(_mm512_i32gather_pd(low, table + f, 8));
+      const __m512 b = _mm512_castpd_ps(_mm512_i32gather_pd(high, table + f, 8));
+      out[f] = (Floats)_mm512_permutex2var_ps(a, even, b);
+      out[f + 1] = (Floats)_mm512_permutex2var_ps(a, odd, b);
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (Features == 1) {
+    out[0] = (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
+  } else {
+    const __m256i pair = (__m256i)(index * uint32_t(Features / 2));
+    const __m128i low = _mm256_castsi256_si128(pair), high = _mm256_extracti128_si256(pair, 1);
+    for (int f = 0; f < Features; f += 2) {
+      const auto* base = reinterpret_cast<const double*>(table + f);
+      const __m256 a = _mm256_castpd_ps(_mm256_i32gather_pd(base, low, 8));
+      const __m256 b = _mm256_castpd_ps(_mm256_i32gather_pd(base, high, 8));
+      const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
+      out[f] = (Floats)_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8);
+      out[f + 1] = (Floats)_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8);
+    }
+  }
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int f = 0; f < Features; ++f) out[f][lane] = table[int64_t(index[lane]) * Features + f];
+#endif
+}
+
+inline Uints gather_words(const uint32_t* table, Uints index) {
+#if defined(__AVX512F__)
+  return (Uints)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  return (Uints)_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), (__m256i)index, 4);
+#else
+  Uints out;
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[index[lane]];
+  return out;
+#endif
+}
+
+// The same from 16-bit storage. `table` must be aligned to 4 bytes and readable to the end of its last 4-byte word.
+template <int Features, class Decode>
+inline void gather_16bit(const void* table, Uints index, Floats* out, const Decode& decode) {
+  const auto* words = static_cast<const uint32_t*>(table);
+  if constexpr (Features == 1) {
+    out[0] = decode((gather_words(words, index >> 1) >> ((index & 1u) << 4)) & 0xffffu);
+  } else {
+    for (int f = 0; f < Features; f += 2) {
+      const Uints pair = gather_words(words + f / 2, index * uint32_t(Features / 2));
+      out[f] = decode(pair & 0xffffu);
+      out[f + 1] = decode(pair >> 16);
+    }
+  }
+}
+
+template <int Features>
+inline void gather(const half_t* table, Uints index, Floats* out) {
+  gather_16bit<Features>(table, index, out, [](Uints bits) { return half_to_floats(bits); });
+}
+
+template <int Features>
+inline void gather(const bfloat16_t* table, Uints index, Floats* out) {
+  gather_16bit<Features>(table, index, out, [](Uints bits) { return bfloat16_to_floats(bits); });
+}
+
+}  // namespace TEXT3D_ISA
+}  // namespace text3d

@@ -1,0 +1,407 @@
+// The CUDA loops.
+//   forward:   a thread per point and group of levels that fills one 32-byte sector of y; groups one after the other
+//              (blockIdx.y), so that few tables share the cache; neighbours along x come in one load where they can
+//   by point:  (gradients to x and grad_y) a thread per point, levels inside: no atomics
+//   scatter:   (gradients to params) a thread per point and level; runs of threads in one cell, as along a ray, are
+//              summed within the warp first; sums in float32, or in fixed point when the result must not vary
+#include "common/launch.h"
+#include "hash_grid/hash_grid.h"
+
+namespace text3d {
+namespace TEXT3D_ISA {
+
+constexpr int kThreads = 256;
+
+// An entry, or a pair of entries, as one load.
+template <int Bytes> struct Words;
+template <> struct Words<2> { using Type = uint16_t; };
+template <> struct Words<4> { using Type = uint32_t; };
+template <> struct Words<8> { using Type = uint2; };
+template <> struct Words<16> { using Type = uint4; };
+
+template <int Count, class T>
+TEXT3D_HD void load_values(const T* from, float* out) {
+  constexpr int kBytes = Count * int(sizeof(T)), kStep = kBytes < 16 ? kBytes : 16, kPart = kStep / int(sizeof(T));
+  using Word = typename Words<kStep>::Type;
+  TEXT3D_UNROLL
+  for (int part = 0; part < kBytes / kStep; ++part) {
+#if defined(__CUDA_ARCH__)
+    const Word word = __ldg(reinterpret_cast<const Word*>(from) + part);
+#else
+    Word word;
+    std::memcpy(&word, from + part * kPart, sizeof word);
+#endif
+    T values[kPart];
+    memcpy(values, &word, sizeof word);
+    TEXT3D_UNROLL
+    for (int i = 0; i < kPart; ++i) out[part * kPart + i] = load_float(values[i]);
+  }
+}
+
+template <int F>
+TEXT3D_HD void load_entry(const void* table, int dtype, int64_t entry, float* out) {
+  if (dtype == 0) load_values<F>(static_cast<const float*>(table) + entry * F, out);
+  else if (dtype == 1) load_values<F>(static_cast<const half_t*>(table) + entry * F, out);
+  else load_values<F>(static_cast<const bfloat16_t*>(table) + entry * F, out);
+}
+
+// Both entries of a pair of corners. Index a and index a ^ 1 are one aligned load: always half of the dense cells, and of
+// the hashed ones, as the hash leaves x itself in its low bits.
+template <int F, class T>
+TEXT3D_HD void load_pair(const T* table, bool even, uint32_t a, uint32_t b, float* at_a, float* at_b) {
+  if constexpr (2 * F * sizeof(T) <= 16) {
+    if (even) {
+      float pair[2 * F];
+      load_values<2 * F>(table + int64_t(a & ~1u) * F, pair);
+      const bool upper = a & 1u;
+      TEXT3D_UNROLL
+      for (int f = 0; f < F; ++f) {
+        at_a[f] = upper ? pair[F + f] : pair[f];
+        at_b[f] = upper ? pair[f] : pair[F + f];
+      }
+      if (b != (a ^ 1u)) load_values<F>(table + int64_t(b) * F, at_b);
+      return;
+    }
+  }
+  load_values<F>(table + int64_t(a) * F, at_a);
+  load_values<F>(table + int64_t(b) * F, at_b);
+}
+
+template <int D>
+TEXT3D_HD float load_point(const float* points, int64_t i, bool clip, float* x) {
+  float keep = 1.f;
+  TEXT3D_UNROLL
+  for (int d = 0; d < D; ++d) {
+    x[d] = points[i * D + d];
+    if (clip) keep = inside_unit(x[d], keep);
+  }
+  return keep;
+}
+
+// Levels of one thread of the forward pass: a sector of y, at most four.
+template <int F>
+constexpr int kLevelsPerThread = F >= 8 ? 1 : F == 4 ? 2 : 4;
+
+template <int D, int F, class T>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ HashGridForwardParams p) {
+  constexpr int kCorners = 1 << D;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.points) return;
+  float x[D];
+  const float keep = load_point<D>(p.x, i, p.layout.clip != 0, x);
+  const int begin = blockIdx.y * kLevelsPerThread<F>;
+  const int end = begin + kLevelsPerThread<F> < p.layout.levels ? begin + kLevelsPerThread<F> : p.layout.levels;
+  for (int l = begin; l < end; ++l) {
+    float sum[F] = {}, slopes[F * D] = {};
+    if (l < p.layout.active_levels) {
+      const HashGridLevel level = hash_grid_level(p.layout, l);
+      const HashGridCell<float, uint32_t, D> cell(level, x, keep);
+      const T* table = static_cast<const T*>(p.table) + int64_t(level.first) * F;
+      const bool even = ((level.first | level.count) & 1u) == 0;
+      float theta[kCorners][F];
+      TEXT3D_UNROLL
+      for (int c = 0; c < kCorners; c += 2)
+        load_pair<F>(table, even, cell.index(level, c), cell.index(level, c + 1), theta[c], theta[c + 1]);
+      TEXT3D_UNROLL
+      for (int c = 0; c < kCorners; ++c) {
+        const float weight = cell.value(c);
+        TEXT3D_UNROLL
+        for (int f = 0; f < F; ++f) sum[f] += weight * theta[c][f];
+      }
+      if (p.jacobian) {
+        TEXT3D_UNROLL
+        for (int c = 0; c < kCorners; ++c) {
+          TEXT3D_UNROLL
+          for (int d = 0; d < D; ++d) {
+            const float weight = cell.first(c, d);
+            TEXT3D_UNROLL
+            for (int f = 0; f < F; ++f) slopes[f * D + d] += weight * theta[c][f];
+          }
+        }
+      }
+    }
+    const int64_t row = (i * p.layout.levels + l) * F;
+    TEXT3D_UNROLL
+    for (int f = 0; f < F; ++f) p.y[row + f] = sum[f];
+    if (p.jacobian) {
+      TEXT3D_UNROLL
+      for (int k = 0; k < F * D; ++k) p.jacobian[row * D + k] = slopes[k];
+    }
+  }
+}
+
+template <int D, int F>
+struct BackwardX {
+  HashGridBackwardParams p;
+  TEXT3D_HD void operator()(int64_t i) const {
+    float x[D], sum[D] = {};
+    const float keep = load_point<D>(p.x, i, p.layout.clip != 0, x);
+    for (int l = 0; l < p.layout.active_levels; ++l) {
+      const HashGridLevel level = hash_grid_level(p.layout, l);
+      const HashGridCell<float, uint32_t, D> cell(level, x, keep);
+      const int64_t row = (i * p.layout.levels + l) * F;
+      float grad_y[F];
+      load_values<F>(p.grad_y + row, grad_y);
+      TEXT3D_UNROLL
+      for (int c = 0; c < 1 << D; ++c) {
+        float theta[F], dot = 0.f;
+        load_entry<F>(p.table, p.dtype, int64_t(level.first) + cell.index(level, c), theta);
+        TEXT3D_UNROLL
+        for (int f = 0; f < F; ++f) dot += theta[f] * grad_y[f];
+        TEXT3D_UNROLL
+        for (int d = 0; d < D; ++d) sum[d] += cell.first(c, d) * dot;
+        if (!p.grad_jacobian) continue;
+        TEXT3D_UNROLL
+        for (int d = 0; d < D; ++d) {
+          dot = 0.f;
+          TEXT3D_UNROLL
+          for (int f = 0; f < F; ++f) dot += theta[f] * p.grad_jacobian[(row + f) * D + d];
+          TEXT3D_UNROLL
+          for (int e = 0; e < D; ++e) sum[e] += cell.second(c, d, e) * dot;
+        }
+      }
+    }
+    TEXT3D_UNROLL
+    for (int d = 0; d < D; ++d) p.grad_x[i * D + d] = sum[d];
+  }
+};
+
+template <int D, int F>
+struct SecondPoints {
+  HashGridSecondParams p;
+  TEXT3D_HD void operator()(int64_t i) const {
+    float x[D], toward[D], sum[D] = {};
+    const float keep = load_point<D>(p.x, i, p.layout.clip != 0, x);
+    TEXT3D_UNROLL
+    for (int d = 0; d < D; ++d) toward[d] = p.cotangent_x ? p.cotangent_x[i * D + d] : 0.f;
+    for (int l = 0; l < p.layout.levels; ++l) {
+      const int64_t row = (i * p.layout.levels + l) * F;
+      float grad_y[F], grad_grad_y[F] = {};
+      if (l < p.layout.active_levels) {
+        const HashGridLevel level = hash_grid_level(p.layout, l);
+        const HashGridCell<float, uint32_t, D> cell(level, x, keep);
+        load_values<F>(p.grad_y + row, grad_y);
+        TEXT3D_UNROLL
+        for (int c = 0; c < 1 << D; ++c) {
+          const int64_t entry = int64_t(level.first) + cell.index(level, c);
+          float theta[F], dot = 0.f;
+          if (p.cotangent_x) {
+            float weight = 0.f;
+            TEXT3D_UNROLL
+            for (int d = 0; d < D; ++d) weight += cell.first(c, d) * toward[d];
+            load_entry<F>(p.table, p.dtype, entry, theta);
+            TEXT3D_UNROLL
+            for (int f = 0; f < F; ++f) grad_grad_y[f] += weight * theta[f], dot += theta[f] * grad_y[f];
+            TEXT3D_UNROLL
+            for (int e = 0; e < D; ++e) {
+              TEXT3D_UNROLL
+              for (int d = 0; d < D; ++d) sum[e] += cell.second(c, d, e) * toward[d] * dot;
+            }
+          }
+          if (p.cotangent_params) {
+            const float weight = cell.value(c);
+            dot = 0.f;
+            load_values<F>(p.cotangent_params + entry * F, theta);
+            TEXT3D_UNROLL
+            for (int f = 0; f < F; ++f) grad_grad_y[f] += weight * theta[f], dot += theta[f] * grad_y[f];
+            TEXT3D_UNROLL
+            for (int e = 0; e < D; ++e) sum[e] += cell.first(c, e) * dot;
+          }
+        }
+      }
+      TEXT3D_UNROLL
+      for (int f = 0; f < F; ++f) p.grad_grad_y[row + f] = grad_grad_y[f];
+    }
+    if (p.grad_x) {
+      TEXT3D_UNROLL
+      for (int d = 0; d < D; ++d) p.grad_x[i * D + d] = sum[d];
+    }
+  }
+};
+
+struct ScatterArguments {
+  const float *x, *grad_y, *grad_jacobian, *toward;
+  float* grad_params;
+  int64_t* fixed;
+  const float* fixed_scale;
+  int64_t points;
+  HashGridLayout layout;
+};
+
+// Add F values to an entry, in as few reductions as the chip has.
+template <int F>
+TEXT3D_HD void add_values(float* to, const float* values) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (F == 1) {
+    atomic_add(to, values[0]);
+  } else if constexpr (F == 2) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(values[0]), "f"(values[1])
+                 : "memory");
+  } else {
+    TEXT3D_UNROLL
+    for (int f = 0; f < F; f += 4)
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to + f)), "f"(values[f]),
+                   "f"(values[f + 1]), "f"(values[f + 2]), "f"(values[f + 3])
+                   : "memory");
+  }
+#else
+  TEXT3D_UNROLL
+  for (int f = 0; f < F; ++f) atomic_add(to + f, values[f]);
+#endif
+}
+
+template <int F>
+TEXT3D_HD void add_fixed(int64_t* to, const float* values, float scale) {
+  TEXT3D_UNROLL
+  for (int f = 0; f < F; ++f) atomic_add(to + f, int64_t(rint(double(values[f]) * double(scale))));
+}
+
+__device__ __forceinline__ int run_end(unsigned heads, int lane) {  // the first lane after this one.s run
+  const unsigned after = lane == 31 ? 0u : heads >> (lane + 1);
+  return after ? lane + __ffs(int(after)) : 32;
+}
+
+template <int D, int F>
+__global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant__ ScatterArguments p) {
+  constexpr int kCorners = 1 << D;
+  constexpr unsigned kAll = 0xffffffffu;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const bool real = i < p.points;  // the others stay for the warp's sake
+  const int64_t point = real ? i : p.points - 1;
+  const int lane = threadIdx.x & 31, l = blockIdx.y;
+  const HashGridLevel level = hash_grid_level(p.layout, l);
+  float x[D];
+  const float keep = load_point<D>(p.x, point, p.layout.clip != 0, x);
+  const HashGridCell<float, uint32_t, D> cell(level, x, real ? keep : 0.f);
+  const int64_t row = (point * p.layout.levels + l) * F;
+  float grad_y[F], toward[D] = {};
+  load_values<F>(p.grad_y + row, grad_y);
+  if (p.toward) {
+    TEXT3D_UNROLL
+    for (int d = 0; d < D; ++d) toward[d] = p.toward[point * D + d];
+  }
+
+  bool head = lane == 0;
+  TEXT3D_UNROLL
+  for (int d = 0; d < D; ++d) {
+    const uint32_t before = __shfl_up_sync(kAll, cell.term[d][0], 1);
+    head = head || before != cell.term[d][0];
+  }
+  const unsigned heads = __ballot_sync(kAll, head);
+  const bool together = __popc(heads) <= 16 && !p.fixed;  // fixed point sums do not depend on the order anyway
+  const int end = run_end(heads, lane);
+  float* table = p.grad_params + int64_t(level.first) * F;
+
+  TEXT3D_UNROLL
+  for (int c = 0; c < kCorners; ++c) {
+    float values[F];
+    if (p.toward) {
+      float weight = 0.f;
+      TEXT3D_UNROLL
+      for (int d = 0; d < D; ++d) weight += cell.first(c, d) * toward[d];
+      TEXT3D_UNROLL
+      for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
+    } else {
+      const float weight = cell.value(c);
+      TEXT3D_UNROLL
+      for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
+      if (p.grad_jacobian) {
+        TEXT3D_UNROLL
+        for (int d = 0; d < D; ++d) {
+          const float slope = cell.first(c, d);
+          TEXT3D_UNROLL
+          for (int f = 0; f < F; ++f) values[f] += slope * p.grad_jacobian[(row + f) * D + d];
+        }
+      }
+    }
+    const uint32_t entry = cell.index(level, c);
+    if (p.fixed) {
+      if (real) add_fixed<F>(p.fixed + (int64_t(level.first) + entry) * F, values, *p.fixed_scale);
+    } else if (together) {
+      for (int step = 1; step < 32; step *= 2) {
+        TEXT3D_UNROLL
+        for (int f = 0; f < F; ++f) {
+          const float other = __shfl_down_sync(kAll, values[f], step);
+          if (lane + step < end) values[f] += other;
+        }
+      }
+      if (head) add_values<F>(table + int64_t(entry) * F, values);
+    } else if (real) {
+      add_values<F>(table + int64_t(entry) * F, values);
+    }
+  }
+}
+
+struct FromFixed {
+  const int64_t* fixed;
+  const float* scale;
+  float* out;
+  TEXT3D_HD void operator()(int64_t i) const { out[i] = float(double(fixed[i]) / double(*scale)); }
+};
+
+template <int D, int F>
+struct Scatter {
+  static void run(const ScatterArguments& p, cudaStream_t stream) {
+    const int64_t values = int64_t(p.layout.offsets[p.layout.levels]) * F;
+    cudaMemsetAsync(p.grad_params, 0, size_t(values) * sizeof(float), stream);
+    if (p.points <= 0 || p.layout.active_levels <= 0) return;
+    const dim3 grid(unsigned((p.points + kThreads - 1) / kThreads), unsigned(p.layout.active_levels));
+    TEXT3D_LAUNCH((scatter_kernel<D, F>), grid, kThreads, 0, stream, p);
+    if (p.fixed) launch(values, FromFixed{p.fixed, p.fixed_scale, p.grad_params}, stream);
+  }
+};
+
+template <int D, int F>
+struct Forward {
+  static void run(const HashGridForwardParams& p, cudaStream_t stream) {
+    if (p.points <= 0) return;
+    const int groups = (p.layout.levels + kLevelsPerThread<F> - 1) / kLevelsPerThread<F>;
+    const dim3 grid(unsigned((p.points + kThreads - 1) / kThreads), unsigned(groups));
+    if (p.dtype == 0) TEXT3D_LAUNCH((forward_kernel<D, F, float>), grid, kThreads, 0, stream, p);
+    else if (p.dtype == 1) TEXT3D_LAUNCH((forward_kernel<D, F, half_t>), grid, kThreads, 0, stream, p);
+    else TEXT3D_LAUNCH((forward_kernel<D, F, bfloat16_t>), grid, kThreads, 0, stream, p);
+  }
+};
+
+template <int D, int F>
+struct Backward {
+  static void run(const HashGridBackwardParams& p, cudaStream_t stream) {
+    if (p.grad_x) launch(p.points, BackwardX<D, F>{p}, stream);
+    if (p.grad_params)
+      Scatter<D, F>::run({p.x, p.grad_y, p.grad_jacobian, nullptr, p.grad_params, p.fixed, p.fixed_scale, p.points, p.layout},
+                         stream);
+  }
+};
+
+template <int D, int F>
+struct Second {
+  static void run(const HashGridSecondParams& p, cudaStream_t stream) {
+    launch(p.points, SecondPoints<D, F>{p}, stream);
+    if (p.grad_params)
+      Scatter<D, F>::run({p.x, p.grad_y, nullptr, p.cotangent_x, p.grad_params, p.fixed, p.fixed_scale, p.points, p.layout},
+                         stream);
+  }
+};
+
+template <template <int, int> class Kernel, class Params>
+void dispatch(const Params& p, cudaStream_t stream) {
+  const int features = p.layout.features;
+  if (p.layout.dim == 2) {
+    if (features == 1) Kernel<2, 1>::run(p, stream);
+    else if (features == 2) Kernel<2, 2>::run(p, stream);
+    else if (features == 4) Kernel<2, 4>::run(p, stream);
+    else Kernel<2, 8>::run(p, stream);
+  } else {
+    if (features == 1) Kernel<3, 1>::run(p, stream);
+    else if (features == 2) Kernel<3, 2>::run(p, stream);
+    else if (features == 4) Kernel<3, 4>::run(p, stream);
+    else Kernel<3, 8>::run(p, stream);
+  }
+}
+
+void hash_grid_forward(const HashGridForwardParams& p, cudaStream_t stream) { dispatch<Forward>(p, stream); }
+void hash_grid_backward(const HashGridBackwardParams& p, cudaStream_t stream) { dispatch<Backward>(p, stream); }
+void hash_grid_second(const HashGridSecondParams& p, cudaStream_t stream) { dispatch<Second>(p, stream); }
+
+}  // namespace TEXT3D_ISA
+}  // namespace text3d

@@ -3,6 +3,7 @@
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own gather intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "common/host_device.h"
 #if defined(__AVX2__)

@@ -254,7 +254,7 @@ class _HashGridGrad(torch.autograd.Function):
 
 
 def _last_order(name):
-    """An autograd.Function around op `name` that refuses to be differentiated, rather than being taken for a constant."""
+    """An autograd.Function around op `name` that refuses to be differentiated, where silence would mean zero."""
 
     class LastOrder(torch.autograd.Function):
         @staticmethod
@@ -274,7 +274,8 @@ _hash_grid = define(f"hash_grid({_GRID}) -> Tensor", _forward, _fake_forward, _H
 _hash_grid_backward = define(f"hash_grid_backward(Tensor grad_y, {_GRID}, {_NEEDS}) -> (Tensor, Tensor)",
                              _backward, _fake_backward, _HashGridBackward)
 _hash_grid_second = define(f"hash_grid_second(Tensor? cotangent_x, Tensor? cotangent_params, Tensor grad_y, {_GRID}, "
-                           f"{_NEEDS}) -> (Tensor, Tensor, Tensor)", _second, _fake_second, _last_order("hash_grid_second"))
+                           f"{_NEEDS}) -> (Tensor, Tensor, Tensor)",
+                           _second, _fake_second, _last_order("hash_grid_second"))
 _hash_grid_grad = define(f"hash_grid_grad({_GRID}) -> (Tensor, Tensor)", _grad_forward, _fake_grad_forward,
                          _HashGridGrad)
 _hash_grid_grad_backward = define(

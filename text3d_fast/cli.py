@@ -1,4 +1,4 @@
-"""The command line: text3d-fast generate | evaluate | bench | doctor.
+"""The command line: text3d-fast generate | view | evaluate | bench | doctor.
 
 Imports here are light, so that --help answers at once; torch comes with the command that needs it.
 """
@@ -64,6 +64,52 @@ class Generate:
 
 
 @dataclass
+class View:
+    """Show a mesh: as a picture, relit and composited, or live in the browser.
+
+    Examples:
+
+      text3d-fast view runs/a-red-mug/mesh.glb --out mug.png
+
+      text3d-fast view mug.glb --out mug.png --light -1 1 0 --light-color 1 0.7 0.4 --ambient 0.1 0.1 0.2
+
+      text3d-fast view mug.glb --scene room.glb --azimuth 60
+
+      text3d-fast view mug.glb --serve
+    """
+
+    mesh: Positional[Annotated[Path, arg(metavar="MESH")]]
+    """A .glb, .obj or .ply."""
+    out: Annotated[Path, arg(metavar="PNG")] = Path("view.png")
+    """The picture to write."""
+    azimuth: float = 30.0
+    """Degrees around the mesh: 0 its front (+Z), 90 its left side."""
+    elevation: float = 20.0
+    """Degrees above the horizon."""
+    distance: Annotated[float | None, arg(metavar="D")] = None
+    """In radii of the mesh; by default it fills the picture."""
+    size: int = 512
+    """Pixels a side."""
+    light: tuple[float, float, float] = (0.6, 1.0, 0.8)
+    """Direction towards the light."""
+    light_color: tuple[float, float, float] = (0.8, 0.8, 0.8)
+    """Red, green, blue."""
+    ambient: tuple[float, float, float] = (0.3, 0.3, 0.3)
+    """Light from everywhere."""
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Colour behind everything."""
+    background_image: Annotated[Path | None, arg(metavar="IMAGE")] = None
+    """A picture behind everything, cropped to a square."""
+    scene: Annotated[Path | None, arg(metavar="MESH")] = None
+    """Another mesh, drawn in the same depth and light: the room the first one stands in."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    serve: bool = False
+    """Show it in the browser until Ctrl-C instead of writing a picture (needs the extra `viewer`)."""
+    port: int = 8080
+    """Where --serve listens."""
+
+
+@dataclass
 class Evaluate:
     """Measure the quality of generated meshes against the truth, over the built-in world."""
 
@@ -98,13 +144,13 @@ class Doctor:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
+        {"generate": Generate, "view": View, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
         prog="text3d-fast",
         description="Text to 3D with 2D diffusion models, with and without a GPU.",
         args=arguments,
         config=(FlagCreatePairsOff,),
     )
-    run = {Generate: generate, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
+    run = {Generate: generate, View: view, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
     try:
         return run(command)
     except KeyboardInterrupt:
@@ -155,6 +201,26 @@ def generate(options: Generate) -> int:
         return fail(str(error))
     if not options.quiet:
         progress.summary(result)
+    return 0
+
+
+def view(options: View) -> int:
+    if options.size < 1:
+        return fail(f"--size: expected a positive number, got {options.size}")
+    from text3d_fast.pipelines import view as viewing
+    from text3d_fast.pipelines.checkpoint import OutputError
+    from text3d_fast.pipelines.dreamfusion import choose_device
+
+    names = [entry.name for entry in dataclasses.fields(viewing.ViewSettings)]
+    settings = viewing.ViewSettings(**{name: getattr(options, name) for name in names})
+    try:
+        if options.serve:
+            viewing.serve(options.mesh, options.scene, options.port)
+            return 0
+        device = choose_device(options.device)
+        print(viewing.write_view(options.mesh, options.out, settings, options.scene, options.background_image, device))
+    except (OutputError, ValueError, OSError, RuntimeError) as error:
+        return fail(str(error))
     return 0
 
 

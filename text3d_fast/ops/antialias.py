@@ -34,7 +34,9 @@ def antialias(
     color: float32 [B, H, W, C]; rast, pos, tri: as given to and returned by `rasterize` (pos [B, V, 4] or [V, 4]).
     topology: `antialias_topology(tri)`, computed here if None. pos_gradient_boost multiplies the gradient to pos.
     Returns [B, H, W, C]. Gradients to color, and to x, y, w of pos through the blend weights: this is what moves a
-    silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
+    silhouette. Only edges of triangles that cover a pixel centre are seen: where the triangles at a silhouette are
+    thinner than a pixel, it passes no gradient. None to rast. First order; on a CPU bitwise deterministic. No
+    host synchronization with a topology.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, and on a CPU for vertex indices out of range.
     """
     require_tensor("rast", rast, ("batch", "height", "width", 4))

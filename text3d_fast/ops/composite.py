@@ -10,7 +10,7 @@ from text3d_fast.ops.registration import define
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.reference.composite import composite as reference_composite
 
-backends.declare("composite")
+backends.declare("composite", triton=True)
 
 
 class Composite(NamedTuple):
@@ -33,7 +33,8 @@ def composite(sigma: torch.Tensor, values: torch.Tensor, samples: RaySamples, ea
     depth_variance [R] = sum w (m - depth)^2 / opacity, weights [S]. Rays without samples are 0.
     Gradients to sigma, values, t_starts and t_ends, from every output; first order only. No host synchronization.
     Kept for the backward pass: 4 bytes a sample and 12 a ray besides the inputs.
-    Raises ValueError or TypeError for wrong shapes, dtypes or devices.
+    Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for offsets that do not rise.
+    NaN in a sample spreads over its ray and no further.
     """
     float32, int32 = torch.float32, torch.int32
     backend = backends.choose("composite", sigma.device)
@@ -53,11 +54,15 @@ def composite(sigma: torch.Tensor, values: torch.Tensor, samples: RaySamples, ea
 
 
 def _forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop):
-    sigma, values, t_starts, t_ends = (x.contiguous() for x in (sigma, values, t_starts, t_ends))
+    tensors = [x.contiguous() for x in (sigma, values, t_starts, t_ends, ray_offsets)]
     outputs = _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop)
-    outputs[4].zero_()  # padding of capacity mode belongs to no ray
-    native.call("composite_forward", sigma, values, t_starts, t_ends, ray_offsets.contiguous(), *outputs,
-                ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1], early_stop)
+    if backends.choose("composite", sigma.device) == "triton":
+        from text3d_fast._triton.composite import composite_forward
+
+        composite_forward(*tensors, *outputs, early_stop)
+        return outputs
+    native.call("composite_forward", *tensors, *outputs, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
+                early_stop)
     return outputs
 
 
@@ -67,19 +72,27 @@ def _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_s
     return values.new_empty(rays, values.shape[1]), *per_ray, sigma.new_empty(sigma.shape[0])
 
 
-def _backward(grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma, values, t_starts,
-              t_ends, ray_offsets, opacity, depth, depth_variance, weights, early_stop):
-    tensors = [x.contiguous() for x in (grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma,
-                                        values, t_starts, t_ends, ray_offsets, opacity, depth, depth_variance, weights)]
-    outputs = tuple(torch.zeros_like(x) for x in (tensors[5], tensors[6], tensors[7], tensors[8]))
-    native.call("composite_backward", *tensors, *outputs, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
+def _backward(*arguments):
+    *tensors, early_stop, needs_t = arguments
+    tensors = [None if x is None else x.contiguous() for x in tensors]
+    outputs = _fake_backward(*tensors, early_stop, needs_t)
+    targets = outputs if needs_t else (*outputs[:2], None, None)
+    sigma, values, ray_offsets = tensors[5], tensors[6], tensors[9]
+    if backends.choose("composite", sigma.device) == "triton":
+        from text3d_fast._triton.composite import composite_backward
+
+        composite_backward(*tensors, *targets, early_stop)
+        return outputs
+    native.call("composite_backward", *tensors, *targets, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
                 early_stop)
     return outputs
 
 
 def _fake_backward(grad_values, grad_opacity, grad_depth, grad_depth_variance, grad_weights, sigma, values, t_starts,
-                   t_ends, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (sigma, values, t_starts, t_ends))
+                   t_ends, ray_offsets, *saved_and_flags):
+    count, for_t = sigma.shape[0], sigma.shape[0] if saved_and_flags[-1] else 0
+    return (sigma.new_empty(count), values.new_empty(count, values.shape[1]), t_starts.new_empty(for_t),
+            t_ends.new_empty(for_t))
 
 
 class _Composite(torch.autograd.Function):
@@ -87,14 +100,17 @@ class _Composite(torch.autograd.Function):
     def forward(ctx, sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop):
         outputs = _composite(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop)
         ctx.save_for_backward(sigma, values, t_starts, t_ends, ray_offsets, *outputs[1:])
+        ctx.set_materialize_grads(False)  # a cotangent that nobody sends costs no zeros and no reading
         ctx.early_stop = early_stop
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        gradients = _composite_backward(*grads, *ctx.saved_tensors, ctx.early_stop)
-        return *gradients, None, None, None
+        needs_t = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        gradients = _composite_backward(*grads, *ctx.saved_tensors, ctx.early_stop, needs_t)
+        for_t = gradients[2:] if needs_t else (None, None)
+        return *gradients[:2], *for_t, None, None, None
 
 
 _composite = define(
@@ -105,10 +121,10 @@ _composite = define(
     _Composite,
 )
 _composite_backward = define(
-    "composite_backward(Tensor grad_values, Tensor grad_opacity, Tensor grad_depth, Tensor grad_depth_variance, "
-    "Tensor grad_weights, Tensor sigma, Tensor values, Tensor t_starts, Tensor t_ends, Tensor ray_offsets, "
-    "Tensor opacity, Tensor depth, Tensor depth_variance, Tensor weights, float early_stop) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "composite_backward(Tensor? grad_values, Tensor? grad_opacity, Tensor? grad_depth, Tensor? grad_depth_variance, "
+    "Tensor? grad_weights, Tensor sigma, Tensor values, Tensor t_starts, Tensor t_ends, Tensor ray_offsets, "
+    "Tensor opacity, Tensor depth, Tensor depth_variance, Tensor weights, float early_stop, "
+    "bool needs_t) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

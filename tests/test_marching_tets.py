@@ -19,7 +19,7 @@ def positive_tets() -> ops.TetGrid:
 GRIDS = {
     "kuhn 1": lambda: ops.TetGrid.kuhn(1),
     "kuhn 2x3x5": lambda: ops.TetGrid.kuhn((2, 3, 5)),
-    "kuhn 13": lambda: ops.TetGrid.kuhn(13),
+    "kuhn 9": lambda: ops.TetGrid.kuhn(9),
     "kuhn 3x2x70": lambda: ops.TetGrid.kuhn((3, 2, 70)),  # more than one 64-bit word of signs along z
     "a15 4": lambda: ops.TetGrid.a15(4),
     "a15 12": lambda: ops.TetGrid.a15(12),

@@ -199,17 +199,46 @@ inline void for_each(int64_t n, int64_t grain, const Functor& functor) {
   });
 }
 
+inline int64_t word_count(int64_t n) { return (n + 63) >> 6; }
+
 }  // namespace
 
 void marching_tets_flag(const MarchingTetsFlagParams& p) {
-  for_each((p.num_vertices + 63) >> 6, 256, TetsSignWord{p});
-  for_each((p.num_edges + 63) >> 6, 256, TetsEdgeWord{p});
-  for_each((p.num_tets + 63) >> 6, 256, TetsTetWord{p});
+  for_each(word_count(p.num_vertices), 256, [&](int64_t w) {
+    const int64_t left = p.num_vertices - 64 * w;
+    uint64_t bad;
+    p.signs[w] = sign_bits(p.sdf + 64 * w, int(left < 64 ? left : 64), bad);
+    if (bad) __atomic_store_n(p.bad, 1, __ATOMIC_RELAXED);
+  });
+  for_each(word_count(p.num_edges), 256, [&](int64_t w) {
+    const int64_t begin = 64 * w, end = begin + 64 < p.num_edges ? begin + 64 : p.num_edges;
+    uint64_t word = 0;
+    for (int64_t e = begin; e < end; ++e) word |= uint64_t(edge_crosses(p, e)) << (e - begin);
+    p.crossing[w] = word;
+    p.edge_counts[w + 1] = popcount(word);
+  });
+  const int64_t words = word_count(p.num_tets);
+  for_each(words, 256, [&](int64_t w) {
+    const int64_t begin = 64 * w, end = begin + 64 < p.num_tets ? begin + 64 : p.num_tets;
+    uint64_t one = 0, two = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      const uint64_t count = uint64_t(tet_triangles(p, t));
+      one |= (count & 1) << (t - begin), two |= (count >> 1) << (t - begin);
+    }
+    p.triangles[w] = one, p.triangles[words + w] = two;
+    p.tet_counts[w + 1] = popcount(one), p.tet_counts[words + w + 2] = popcount(two);
+  });
 }
 
 void marching_tets_emit(const MarchingTetsEmitParams& p) {
-  for_each((p.num_edges + 63) >> 6, 256, TetsVertexWord{p});
-  for_each((p.num_tets + 63) >> 6, 256, TetsFaceWord{p});
+  for_each(word_count(p.num_edges), 1024, [&](int64_t w) {
+    for (uint64_t word = p.crossing[w]; word; word &= word - 1) TetsEmitVertex{p}(64 * w + lowest_bit(word));
+  });
+  const int64_t words = word_count(p.num_tets);
+  for_each(words, 1024, [&](int64_t w) {
+    for (uint64_t word = p.triangles[w] | p.triangles[words + w]; word; word &= word - 1)
+      TetsEmitFaces{p}(64 * w + lowest_bit(word));
+  });
 }
 
 void marching_tets_backward(const MarchingTetsBackwardParams& p) { for_each(p.num_vertices, 4096, TetsBackwardVertex{p}); }

@@ -51,12 +51,14 @@ struct MarchingTetsFlagParams {
   const int32_t* edges;     // [E, 2]
   uint64_t* signs;          // [ceil(V / 64)]
   uint64_t* crossing;       // [ceil(E / 64)]: edges whose ends differ in sign
+  uint64_t* triangles;      // [2, ceil(T / 64)]: tets with one triangle, tets with two
   int32_t* edge_counts;     // [ceil(E / 64) + 1]: at i + 1 the set flags of word i; zero at 0 on entry
-  int32_t* tet_counts;      // [2, ceil(T / 64) + 1]: tets with one and with two triangles among 64, likewise
+  int32_t* tet_counts;      // [2, ceil(T / 64) + 1]: likewise of triangles
   int32_t* bad;             // [1]: set to 1 if a value is NaN or infinite
   int64_t num_vertices, num_tets, num_edges;
   auto fields() {
-    return std::tie(sdf, tets, edges, signs, crossing, edge_counts, tet_counts, bad, num_vertices, num_tets, num_edges);
+    return std::tie(sdf, tets, edges, signs, crossing, triangles, edge_counts, tet_counts, bad, num_vertices, num_tets,
+                    num_edges);
   }
 };
 
@@ -68,14 +70,15 @@ struct MarchingTetsEmitParams {
   const int32_t* tet_edges;     // [T, 6]
   const uint64_t* signs;        // [ceil(V / 64)]
   const uint64_t* crossing;     // [ceil(E / 64)]
+  const uint64_t* triangles;    // [2, ceil(T / 64)]
   const int32_t* edge_offsets;  // [ceil(E / 64) + 1]: running sums of edge_counts
   const int32_t* tet_offsets;   // [2, ceil(T / 64) + 1]
   float* vertices;              // [N, 3]
   int32_t* faces;               // [M, 3]
   int64_t num_tets, num_edges;
   auto fields() {
-    return std::tie(positions, sdf, tets, edges, tet_edges, signs, crossing, edge_offsets, tet_offsets, vertices, faces,
-                    num_tets, num_edges);
+    return std::tie(positions, sdf, tets, edges, tet_edges, signs, crossing, triangles, edge_offsets, tet_offsets, vertices,
+                    faces, num_tets, num_edges);
   }
 };
 
@@ -102,7 +105,7 @@ namespace TEXT3D_ISA {
 
 // The triangles of sign pattern `inside` (bit i: corner i is inside): up to six edge numbers, three bits each, the first
 // lowest. Edges are 01, 02, 03, 12, 13, 23; orders and windings are kaolin's.
-constexpr uint32_t pack_edges(int a, int b, int c, int d = 0, int e = 0, int f = 0) {
+TEXT3D_HD constexpr uint32_t pack_edges(int a, int b, int c, int d = 0, int e = 0, int f = 0) {
   return uint32_t(a | b << 3 | c << 6 | d << 9 | e << 12 | f << 15);
 }
 TEXT3D_HD constexpr uint32_t triangle_edges(int inside) {
@@ -232,20 +235,6 @@ TEXT3D_HD int flags_at(const uint64_t crossing[7], int bit) {
   return flags;
 }
 
-// One word of signs of the sdf.
-struct KuhnSignWord {
-  MarchingTetsKuhnFlagParams p;
-  TEXT3D_HD void operator()(int64_t index) const {
-    const KuhnShape shape{p.nx, p.ny, p.nz};
-    const int words = shape.words();
-    const int64_t row = index / words;
-    const int w = int(index - row * words), left = p.nz + 1 - 64 * w;
-    uint64_t bad;
-    p.signs[index] = sign_bits(p.sdf + row * (p.nz + 1) + 64 * w, left < 64 ? left : 64, bad);
-    if (bad) *p.bad = 1;  // any writer writes the same
-  }
-};
-
 struct KuhnCountWord {
   MarchingTetsKuhnFlagParams p;
   TEXT3D_HD void count(int x, int y, int w) const {
@@ -334,7 +323,7 @@ struct KuhnEmitFaces {
       TEXT3D_UNROLL
       for (int c = 0; c < 4; ++c) inside |= (cube >> kuhn_corner(tet, c) & 1) << c;
       const int count = triangle_count(inside);
-      int64_t& face = count == 1 ? one : two;
+      const int64_t face = count == 1 ? one : two;
       uint32_t packed = triangle_edges(inside);
       for (int corner = 0; corner < 3 * count; ++corner, packed >>= 3) {
         const int a = kuhn_corner(tet, edge_corner(packed & 7, 0)), b = kuhn_corner(tet, edge_corner(packed & 7, 1));
@@ -342,7 +331,7 @@ struct KuhnEmitFaces {
         p.faces[3 * face + corner] = kuhn_edge_id(grid, p.offsets, x + (low >> 2), y + (low >> 1 & 1),
                                                   64 * w + bit + (low & 1), a ^ b);
       }
-      face += count;
+      one += count & 1, two += count & 2;
     }
   }
 };
@@ -397,68 +386,35 @@ TEXT3D_HD int tet_case(const uint64_t* signs, const int32_t* tet) {
          int(flag_at(signs, tet[3])) << 3;
 }
 
-struct TetsSignWord {
-  MarchingTetsFlagParams p;
-  TEXT3D_HD void operator()(int64_t w) const {
-    const int64_t left = p.num_vertices - 64 * w;
-    uint64_t bad;
-    p.signs[w] = sign_bits(p.sdf + 64 * w, int(left < 64 ? left : 64), bad);
-    if (bad) *p.bad = 1;
-  }
-};
+// Number of triangles of tet t.
+TEXT3D_HD int tet_triangles(const MarchingTetsFlagParams& p, int64_t t) {
+  return triangle_count(tet_case(p.signs, p.tets + 4 * t));
+}
 
-struct TetsEdgeWord {
-  MarchingTetsFlagParams p;
-  TEXT3D_HD void operator()(int64_t w) const {
-    const int64_t begin = 64 * w, end = begin + 64 < p.num_edges ? begin + 64 : p.num_edges;
-    uint64_t word = 0;
-    for (int64_t e = begin; e < end; ++e)
-      word |= uint64_t(flag_at(p.signs, p.edges[2 * e]) != flag_at(p.signs, p.edges[2 * e + 1])) << (e - begin);
-    p.crossing[w] = word;
-    p.edge_counts[w + 1] = popcount(word);
-  }
-};
+TEXT3D_HD bool edge_crosses(const MarchingTetsFlagParams& p, int64_t e) {
+  return flag_at(p.signs, p.edges[2 * e]) != flag_at(p.signs, p.edges[2 * e + 1]);
+}
 
-struct TetsTetWord {
-  MarchingTetsFlagParams p;
-  TEXT3D_HD void operator()(int64_t w) const {
-    const int64_t begin = 64 * w, end = begin + 64 < p.num_tets ? begin + 64 : p.num_tets, total = ((p.num_tets + 63) >> 6) + 1;
-    int ones = 0, twos = 0;
-    for (int64_t t = begin; t < end; ++t) {
-      const int count = triangle_count(tet_case(p.signs, p.tets + 4 * t));
-      ones += count & 1, twos += count >> 1;
-    }
-    p.tet_counts[w + 1] = ones, p.tet_counts[total + w + 1] = twos;
-  }
-};
-
-struct TetsVertexWord {
+struct TetsEmitVertex {
   MarchingTetsEmitParams p;
-  TEXT3D_HD void operator()(int64_t w) const {
-    int64_t id = p.edge_offsets[w];
-    for (uint64_t word = p.crossing[w]; word; word &= word - 1, ++id) {
-      const int64_t e = 64 * w + lowest_bit(word);
-      cross_edge(p.positions, p.sdf, p.edges[2 * e], p.edges[2 * e + 1], p.vertices + 3 * id);
-    }
+  TEXT3D_HD void operator()(int64_t e) const {
+    if (!flag_at(p.crossing, e)) return;
+    const int64_t id = rank_of(p.crossing, p.edge_offsets, e);
+    cross_edge(p.positions, p.sdf, p.edges[2 * e], p.edges[2 * e + 1], p.vertices + 3 * id);
   }
 };
 
-struct TetsFaceWord {
+struct TetsEmitFaces {
   MarchingTetsEmitParams p;
-  TEXT3D_HD void operator()(int64_t w) const {
-    const int64_t total = ((p.num_tets + 63) >> 6) + 1;
-    int64_t one = p.tet_offsets[w], two = p.tet_offsets[total - 1] + 2 * int64_t(p.tet_offsets[total + w]);
-    if (one == p.tet_offsets[w + 1] && p.tet_offsets[total + w] == p.tet_offsets[total + w + 1]) return;
-    const int64_t begin = 64 * w, end = begin + 64 < p.num_tets ? begin + 64 : p.num_tets;
-    for (int64_t t = begin; t < end; ++t) {
-      const int inside = tet_case(p.signs, p.tets + 4 * t), count = triangle_count(inside);
-      if (count == 0) continue;
-      int64_t& face = count == 1 ? one : two;
-      uint32_t packed = triangle_edges(inside);
-      for (int corner = 0; corner < 3 * count; ++corner, packed >>= 3)
-        p.faces[3 * face + corner] = int32_t(rank_of(p.crossing, p.edge_offsets, p.tet_edges[6 * t + (packed & 7)]));
-      face += count;
-    }
+  TEXT3D_HD void operator()(int64_t t) const {
+    const int64_t words = (p.num_tets + 63) >> 6;
+    const bool one = flag_at(p.triangles, t), two = flag_at(p.triangles + words, t);
+    if (!one && !two) return;
+    const int64_t face = one ? rank_of(p.triangles, p.tet_offsets, t)
+                             : p.tet_offsets[words] + 2 * rank_of(p.triangles + words, p.tet_offsets + words + 1, t);
+    uint32_t packed = triangle_edges(tet_case(p.signs, p.tets + 4 * t));
+    for (int corner = 0; corner < (one ? 3 : 6); ++corner, packed >>= 3)
+      p.faces[3 * face + corner] = int32_t(rank_of(p.crossing, p.edge_offsets, p.tet_edges[6 * t + (packed & 7)]));
   }
 };
 

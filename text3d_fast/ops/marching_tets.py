@@ -120,18 +120,19 @@ def _tets_forward(positions, sdf, tets, edges, tet_edges, low_offsets, high_offs
     num_vertices, num_tets, num_edges = len(sdf), len(tets), len(edges)
     signs = torch.empty(_word_count(num_vertices), dtype=torch.int64, device=sdf.device)
     crossing = torch.empty(_word_count(num_edges), dtype=torch.int64, device=sdf.device)
+    triangles = torch.empty(2, _word_count(num_tets), dtype=torch.int64, device=sdf.device)
     edge_counts = torch.zeros(_word_count(num_edges) + 1, dtype=torch.int32, device=sdf.device)
     tet_counts = torch.zeros(2, _word_count(num_tets) + 1, dtype=torch.int32, device=sdf.device)
     bad = torch.zeros(1, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_flag", sdf, tets, edges, signs, crossing, edge_counts, tet_counts, bad, num_vertices,
-                num_tets, num_edges)
+    native.call("marching_tets_flag", sdf, tets, edges, signs, crossing, triangles, edge_counts, tet_counts, bad,
+                num_vertices, num_tets, num_edges)
     edge_offsets = torch.cumsum(edge_counts, 0, dtype=torch.int32)
     tet_offsets = torch.cumsum(tet_counts, 1, dtype=torch.int32)
     count, ones, twos = _sizes(bad, edge_offsets, tet_offsets)
     vertices = positions.new_empty(count, 3)
     faces = torch.empty(ones + 2 * twos, 3, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_emit", positions, sdf, tets, edges, tet_edges, signs, crossing, edge_offsets,
-                tet_offsets, vertices, faces, num_tets, num_edges)
+    native.call("marching_tets_emit", positions, sdf, tets, edges, tet_edges, signs, crossing, triangles,
+                edge_offsets, tet_offsets, vertices, faces, num_tets, num_edges)
     return vertices, faces, crossing, edge_offsets
 
 

@@ -11,6 +11,7 @@ nearest to a given camera, or all that the view word fits; over the given backgr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from ..guidance.prior import Conditions
 from ..guidance.schedule import NoiseSchedule
 from .bank import Bank, angles_between, caption_bank, empty_bank
 from .captions import caption, parse, view_word
+from .scenes import Description
 
 
 class AnalyticPrior:
@@ -35,6 +37,7 @@ class AnalyticPrior:
 
     image_size = 64
     view_words = "left_right"
+    conditions = ("camera", "background")
     camera_distribution = {
         "elevation": (-10.0, 70.0),
         "azimuth": (0.0, 360.0),
@@ -79,6 +82,12 @@ class AnalyticPrior:
             rows.append(_denoise(images, x_t[k], alpha[k], sigma[k].clamp_min(1e-3), background))
         return torch.stack(rows)
 
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Renders, or reads, the banks of these texts now; the empty text's only when it is first asked for."""
+        for text in texts:
+            if text.strip():
+                self._whole(parse(text))
+
     def bank(self, text: str) -> Bank:
         """The bank behind a text, rendered or read if need be."""
         if not text.strip():
@@ -88,13 +97,16 @@ class AnalyticPrior:
     def _images(self, text: str, camera: Tensor | None, device: torch.device) -> _Images:
         description = parse(text) if text.strip() else None
         view = None if description is None else description.view
-        plain = "" if description is None else caption(replace(description, view=None))
-        whole = self._banks.get(plain)
-        if whole is None:
-            whole = self._banks[plain] = _Images.from_bank(self.bank(plain))
+        whole = self._whole(description)
         if camera is not None:
             return whole.nearest(camera.cpu(), self.nearest).to(device)
         return whole.of_view(view).to(device)
+
+    def _whole(self, description: Description | None) -> _Images:
+        plain = "" if description is None else caption(replace(description, view=None))
+        if plain not in self._banks:
+            self._banks[plain] = _Images.from_bank(self.bank(plain))
+        return self._banks[plain]
 
 
 def _row(values: Tensor | None, k: int) -> Tensor | None:

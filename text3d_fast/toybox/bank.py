@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +20,17 @@ from .render import random_light, shade, trace
 from .scenes import Description, Scene, Thing, build_scene, middle_parameters, sample_parameters
 
 VERSION = 3  # of scenes and renderer: older banks on disk are not read
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: for thousands of small operations, where threads mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cache_folder() -> Path:
@@ -117,9 +130,7 @@ def _render(name: str, scenes: list[Scene], style: str, cameras: torch.Tensor, s
 
     images = np.empty((len(cameras), len(scenes), size, size, 4), np.uint8)
     generator = torch.Generator().manual_seed(7)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # thousands of small operations: on a busy machine several threads wait for one another
-    try:
+    with one_thread():
         with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
             task = bar.add_task(
                 f"rendering {name.split('|')[0] or 'the empty caption'}", total=len(cameras) * len(scenes)
@@ -130,6 +141,4 @@ def _render(name: str, scenes: list[Scene], style: str, cameras: torch.Tensor, s
                     image = shade(surface, random_light(surface.eye, generator), style)
                     images[rows.numpy(), member] = (image * 255).round().to(torch.uint8).numpy()
                     bar.advance(task, len(rows))
-    finally:
-        torch.set_num_threads(threads)
     return images

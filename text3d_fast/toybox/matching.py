@@ -6,15 +6,15 @@ Both compare pictures under the standard light from cameras that no training use
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .metrics import held_out_cameras
 from .objects import CLASSES, COLORS
-from .observe import Mesh, pictures
-from .render import over
+from .observe import Mesh, pictures, seen_surface
+from .render import over, shade
 from .scenes import Description, Scene, Thing, build_scene
 
 _GROUND = torch.tensor([0.55, 0.60, 0.65])  # far from all eight colours
@@ -22,9 +22,12 @@ _SIZE = 32
 
 
 def _looks(target: Mesh | Scene, cameras: Tensor) -> Tensor:
-    """Pictures [B, P] over one background, twice reduced so that a pixel's shift counts little."""
-    image = over(pictures(target, cameras, 2 * _SIZE), _GROUND).permute(0, 3, 1, 2)
-    return torch.nn.functional.avg_pool2d(image, 2).flatten(1)
+    """Pictures [B, P] over one background, reduced to 32 x 32 so that a pixel's shift counts little."""
+    return _reduced(pictures(target, cameras, 2 * _SIZE))
+
+
+def _reduced(images: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool2d(over(images, _GROUND).permute(0, 3, 1, 2), 2).flatten(1)
 
 
 class Gallery:
@@ -34,8 +37,14 @@ class Gallery:
         self.cameras = held_out_cameras(6)
         self.pairs = [(kind, color) for kind in CLASSES for color in COLORS]
         with torch.no_grad():
-            scenes = (build_scene(Description(Thing(kind, color))) for kind, color in self.pairs)
-            self.looks = torch.stack([_looks(scene, self.cameras) for scene in scenes])
+            self.looks = torch.cat([self._colors_of(kind) for kind in CLASSES])
+
+    def _colors_of(self, kind: str) -> Tensor:
+        """The class in every colour: traced once, painted eight times."""
+        scenes = [build_scene(Description(Thing(kind, color))) for color in COLORS]
+        surface = seen_surface(scenes[0], self.cameras, 2 * _SIZE, 2)
+        painted = (replace(surface, albedo=scene.albedo(surface.positions)) for scene in scenes)
+        return torch.stack([_reduced(shade(colored)) for colored in painted])
 
     @torch.no_grad()
     def retrieve(self, target: Mesh | Scene) -> Retrieval:

@@ -59,7 +59,9 @@ def load_single_file(folder: ModelFolder, dtype: torch.dtype) -> tuple[Any, Any 
                 str(folder.weights), config=str(folder.path), subfolder=name, torch_dtype=dtype, local_files_only=True
             )
         except Exception as error:
-            raise ModelError(f"{folder.source}: {name} cannot be loaded ({brief(error)})") from error
+            # weights that the file lacks stay on the "meta" device, and diffusers stumbles over them
+            reason = "weights are missing from the file" if "meta tensor" in str(error) else brief(error)
+            raise ModelError(f"{folder.source}: {name} cannot be loaded as {folder.path} says ({reason})") from error
         missing = [key for key, value in part.state_dict().items() if value.is_meta]
         if missing:
             raise ModelError(f"{folder.source}: {name} does not fit {folder.path}: {missing[0]} is missing")

@@ -13,6 +13,7 @@ from tiny_models import save_model
 
 from text3d_fast.guidance import Conditions, DiffusionPrior, ModelError, open_model
 
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The networks are tiny: threads would only wait for each other."""

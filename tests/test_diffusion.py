@@ -419,6 +419,23 @@ def test_hub_ids_fetch_only_what_is_needed(folders, monkeypatch):
     assert asked[-1][2] == ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 
 
+def test_the_toybox_folder_loads_like_any_other(tmp_path):
+    toybox = pytest.importorskip("text3d_fast.toybox.model")
+    model = toybox.ToyboxModel.build(channels=(16, 32, 32)) if hasattr(toybox, "ToyboxModel") else None
+    if model is None:
+        pytest.skip("this copy has no Toybox trainer")
+    model.save(tmp_path / "toybox", dtype=torch.float32)
+    prior = DiffusionPrior.from_pretrained(tmp_path / "toybox")
+    assert prior.settings.conditions == ["camera", "background"] and prior.prediction_type == "sample"
+    conditions = Conditions(["a red mug, front view"], torch.tensor([[0.1, 1.0, 2.75]]), torch.ones(1, 3))
+    x = prior.encode(torch.rand(1, 64, 64, 3))
+    steps = torch.tensor([500])
+    with torch.no_grad():
+        expected = model.eval().predict(x, steps, model.embed(model.token_ids(conditions.texts)), conditions)
+        got = prior.predict(x, prior.schedule.from_timestep(steps), conditions)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_errors_name_the_argument(latent):
     x_t, t, conditions = batch(latent)
     with pytest.raises(ValueError, match=r"images: expected \[B, H, W, 3\]"):

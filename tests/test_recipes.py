@@ -41,6 +41,18 @@ def test_recipes_follow_the_models_properties(tmp_path):
         choose_recipe(pixel)
 
 
+def test_the_pipeline_starts_from_the_recipe(tmp_path):
+    from text3d_fast.pipelines.recipes import default_config
+
+    folder = save_model(tmp_path / "pixel", latent=False)
+    wishes = {"guidance_weight": 4.0, "time_range": {"final_high": 0.5, "kind": "linear"}}
+    ModelSettings(pixel_unshuffle=2, cameras={"distance": [2, 2.5]}, recipe=wishes).save(folder)
+    config = default_config(DiffusionPrior.from_pretrained(folder), str(folder))
+    assert config.guidance.weight == 4.0 and config.steps == 10_000 and config.size == 32
+    assert config.guidance.time == (0.02, 0.98) and config.guidance.final_time == (0.02, 0.5)
+    assert config.cameras.distance == (2, 2.5) and config.cameras.fov_y == (35, 50)
+
+
 def test_exact_denoisers_are_not_amplified():
     recipe = choose_recipe(MixturePrior(GaussianMixture([[0.0] * 3], 1.0)))
     assert recipe.name == "exact" and recipe.guidance_weight == 0 and recipe.weighting == "sample"

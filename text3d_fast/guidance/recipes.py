@@ -61,7 +61,7 @@ RECIPES = {
     "camera": Recipe(
         "camera",
         guidance_weight=5.0,
-        time_range=TimeRange(0.02, 0.98, final_high=0.5, kind="sqrt"),
+        time_range=TimeRange(0.02, 0.98, final_high=0.5, kind="linear"),
         steps=1000,
         learning_rates={"grid": 1e-2, "network": 2e-3, "background": 1e-3},
         view_words="left_right",

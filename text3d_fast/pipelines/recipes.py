@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from text3d_fast.guidance import Prior
+from text3d_fast.guidance import DiffusionPrior, Prior
 from text3d_fast.guidance.prior import camera_distribution
+from text3d_fast.guidance.recipes import Recipe, choose_recipe
 
 from .config import DreamFusionConfig
 from .priors import ANALYTIC, known_conditions, speaks_toybox
@@ -12,6 +13,8 @@ from .priors import ANALYTIC, known_conditions, speaks_toybox
 def default_config(prior: Prior, model: str) -> DreamFusionConfig:
     """The starting point for `model`; everything can be changed with `settings`."""
     settings: dict = {"model": model, "size": min(prior.image_size, 64)}
+    if isinstance(prior, DiffusionPrior):
+        settings |= recipe_settings(choose_recipe(prior))
     words = getattr(prior, "view_words", None) or getattr(getattr(prior, "settings", None), "view_words", None)
     if words:
         settings["view_words"] = words
@@ -23,6 +26,19 @@ def default_config(prior: Prior, model: str) -> DreamFusionConfig:
     if model == ANALYTIC:
         settings |= ANALYTIC_SETTINGS
     return DreamFusionConfig().updated(settings)
+
+
+def recipe_settings(recipe: Recipe) -> dict:
+    """A guidance recipe in the names of DreamFusionConfig."""
+    time = recipe.time_range
+    settings = {
+        "size": recipe.render_size, "steps": recipe.steps, "batch": recipe.batch, "view_words": recipe.view_words,
+        "guidance.weight": recipe.guidance_weight, "guidance.weighting": recipe.weighting,
+        "guidance.time": (time.low, time.high), "guidance.time_end": time.end,
+        "guidance.final_time": None if time.kind == "constant" else time.at(1.0),
+    }
+    settings |= {f"optimizer.{name}": rate for name, rate in recipe.learning_rates.items()}
+    return settings | {f"cameras.{name}": tuple(bounds) for name, bounds in recipe.cameras.items()}
 
 
 # The lights that Toybox pictures are rendered with.

@@ -40,7 +40,7 @@ def doctor(model: str | None) -> int:
 
 def describe(model: str, console: Console) -> int:
     """Print what is known of a model without loading its weights."""
-    from text3d_fast.guidance.model_folder import ModelError, locate, read_folder
+    from text3d_fast.guidance.model_folder import ModelError, open_model
 
     if model == ANALYTIC:
         console.print("analytic: the exact denoiser of Toybox renders; 64 x 64 pixels; text, camera, background; CC0")
@@ -49,11 +49,7 @@ def describe(model: str, console: Console) -> int:
     try:
         if source is None:
             raise ModelError("no Toybox weights ship with this copy of the package")
-        path = locate(source, None, torch.float16)
-        if path.is_file():
-            console.print(f"{path}: a single file; it is converted when it is loaded")
-            return 0
-        content = read_folder(path, str(source)).describe()
+        content = open_model(source, dtype=torch.float16).describe()
     except (ModelError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", highlight=False)
         return 2

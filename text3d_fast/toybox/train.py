@@ -1,0 +1,301 @@
+"""Trains the learned Toybox prior: `python -m text3d_fast.toybox.train --data DIR --out DIR`.
+
+DIR of the data comes from `python -m text3d_fast.toybox.render`; shards that appear while training runs are taken up.
+In the output folder: `checkpoint.pt` (everything needed to go on), `model/` (the diffusers folder with the averaged
+weights), `samples/*.png`, `log.jsonl`. Step k draws its images, captions and noise from seed and k alone, so a resumed
+run over the same data repeats what an uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..guidance.prior import Conditions
+from .captions import training_caption
+from .dataset import RenderedImages
+from .model import ToyboxModel, to_latent
+from .render import over
+from .sampler import sample, save_sheet, sheet_conditions
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides the result, kept in the checkpoint."""
+
+    batch: int = 32
+    learning_rate: float = 6e-4
+    warmup: int = 200
+    weight_decay: float = 0.01
+    average: float = 0.998  # decay of the averaged weights, reached after a start as fast as the run is short
+    drop_text: float = 0.10
+    drop_camera: float = 0.15
+    drop_background: float = 0.15
+    largest_weight: float = 8.0
+    seed: int = 0
+
+
+def random_backgrounds(count: int, generator: torch.Generator) -> Tensor:
+    """Colours [count, 3]: two thirds anywhere in the cube, one third greys."""
+    colors = torch.rand(count, 3, generator=generator)
+    grey = torch.rand(count, generator=generator) < 1 / 3
+    return torch.where(grey[:, None], colors[:, :1], colors)
+
+
+def training_batch(
+    data: RenderedImages, settings: TrainSettings, step: int
+) -> tuple[Tensor, Conditions, torch.Generator]:
+    """Images [B, H, W, 3] and conditions of one step, and the generator to draw its noise from."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    count = settings.batch
+    rows = torch.randint(len(data), (count,), generator=generator).numpy()
+    camera = torch.from_numpy(data.camera[rows])
+    background = random_backgrounds(count, generator)
+    images = over(torch.from_numpy(data.images(rows)).float() / 255, background[:, None, None])
+    no_text, no_camera, no_background = torch.rand(3, count, generator=generator)
+    texts = [
+        "" if no_text[k] < settings.drop_text
+        else training_caption(data.descriptions[row], float(camera[k, 0]), float(camera[k, 1]), generator)
+        for k, row in enumerate(rows)
+    ]
+    camera[no_camera < settings.drop_camera] = torch.nan
+    background[no_background < settings.drop_background] = torch.nan
+    return images, Conditions(texts, camera, background), generator
+
+
+def denoising_loss(
+    model: ToyboxModel,
+    images: Tensor,
+    conditions: Conditions,
+    generator: torch.Generator,
+    largest_weight: float = 8.0,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss and the plain squared error [B] of predicting the clean image, at evenly spread noise levels.
+
+    Weight min(1 / sigma^2, largest_weight): never below 1, so that the noisiest steps, which decide what a picture
+    shows, still count. Noise and steps come from the CPU generator.
+    """
+    device, count = model.device, len(images)
+    clean = to_latent(images)
+    kept = model.scheduler.alphas_cumprod
+    steps = (torch.arange(count) + torch.rand((), generator=generator)) / count
+    steps = (steps * len(kept)).long().clamp(max=len(kept) - 1)
+    noise = torch.randn(clean.shape, generator=generator)
+    abar = kept[steps].float().view(-1, 1, 1, 1)
+    noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    conditions, clean, noisy = conditions.to(device), clean.to(device), noisy.to(device)
+    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        text = model.embed(model.token_ids(conditions.texts))
+        predicted = model.predict(noisy, steps.to(device), text, conditions)
+    error = (predicted.float() - clean).square().mean((1, 2, 3))
+    weight = (1 / (1 - kept[steps].float())).clamp(max=largest_weight).to(device)
+    return (weight * error).mean(), error.detach()
+
+
+def _plain_attention(model: ToyboxModel) -> None:
+    # fused attention's backward in bf16 takes 35 % of a CPU step; two small matrix products take a tenth of that
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model.unet.set_attn_processor(AttnProcessor())
+
+
+class Trainer:
+    """One training run in a folder. `step()` does one step; `save()` and `Trainer.resume` are exact."""
+
+    def __init__(
+        self, settings: TrainSettings, model: ToyboxModel | None = None, device: str = "cpu", autocast: bool = True
+    ) -> None:
+        self.settings, self.device = settings, torch.device(device)
+        self.model = (model or ToyboxModel.build(settings.seed)).to(self.device)
+        self.model.unet.train()
+        self.model.text_encoder.train()
+        if self.device.type == "cpu":
+            _plain_attention(self.model)
+        self.autocast = torch.bfloat16 if autocast else None
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), settings.learning_rate, betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay, fused=fused,
+        )
+        self.steps_done, self.seconds = 0, 0.0
+
+    def step(self, data: RenderedImages, progress: float) -> float:
+        """One optimizer step; `progress` in 0..1 is the share of the run behind (cosine decay). Returns the loss."""
+        s = self.settings
+        warm = min(1.0, (self.steps_done + 1) / s.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        images, conditions, generator = training_batch(data, s, self.steps_done)
+        loss, _ = denoising_loss(self.model, images, conditions, generator, s.largest_weight, self.autocast)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(s.average, (1 + self.steps_done) / (10 + self.steps_done))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.model.parameters(), 1 - decay)
+        self.steps_done += 1
+        return float(loss.detach())
+
+    def averaged(self) -> ToyboxModel:
+        """A copy of the model with the averaged weights, for sampling."""
+        copy = ToyboxModel.build(self.settings.seed, tuple(self.model.unet.config.block_out_channels)).to(self.device)
+        with torch.no_grad():
+            torch._foreach_copy_(copy.parameters(), self.average)
+        return copy.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `checkpoint.pt`; the previous one stays until the new one is complete."""
+        path = Path(folder) / CHECKPOINT
+        part = path.with_suffix(".part")
+        content = {
+            "format": 1,
+            "settings": asdict(self.settings),
+            "channels": list(self.model.unet.config.block_out_channels),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "weights": [p.detach() for p in self.model.parameters()],
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(content, part)
+        os.replace(part, path)
+
+    @classmethod
+    def resume(cls, folder: str | Path, device: str = "cpu", autocast: bool = True) -> Trainer:
+        """The run saved in the folder.
+
+        Raises FileNotFoundError if there is none, ValueError if the file is damaged or of another model.
+        """
+        path = Path(folder) / CHECKPOINT
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: {folder} holds no {CHECKPOINT}; start without --resume")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["format"] != 1:
+                raise ValueError(f"format {content['format']}, expected 1")
+            settings = TrainSettings(**content["settings"])
+            model = ToyboxModel.build(settings.seed, tuple(content["channels"]))
+            trainer = cls(settings, model, device, autocast)
+            with torch.no_grad():
+                for ours, theirs in zip(trainer.model.parameters(), content["weights"], strict=True):
+                    ours.copy_(theirs)
+                for ours, theirs in zip(trainer.average, content["average"], strict=True):
+                    ours.copy_(theirs)
+            trainer.optimizer.load_state_dict(content["optimizer"])
+        except Exception as error:  # torch.load raises many kinds for a truncated or foreign file
+            raise ValueError(f"folder: {path} is damaged or not a Toybox checkpoint: {error}") from error
+        trainer.steps_done, trainer.seconds = content["steps_done"], content["seconds"]
+        return trainer
+
+
+def _write_sheet(trainer: Trainer, path: Path) -> None:
+    model, generator = trainer.averaged(), torch.Generator().manual_seed(1)
+    pictures = sample(model, sheet_conditions(), steps=25, generator=generator)
+    words_only = sample(model, sheet_conditions(camera=False)[:8], steps=25, generator=generator)
+    save_sheet(torch.cat([pictures, words_only]), path)
+
+
+def train(
+    data: str | Path, out: str | Path, steps: int = 20_000, minutes: float | None = None, resume: bool = False,
+    device: str = "auto", settings: TrainSettings | None = None, checkpoint_minutes: float = 4.0,
+    sheet_every: int = 500, report: Callable[[dict], None] | None = None,
+) -> Trainer:
+    """Trains until `steps` steps are done or `minutes` minutes are spent (earlier parts of a resumed run included).
+
+    The learning rate falls along a cosine that ends with whichever comes first. `report` receives a dict (step, loss,
+    seconds, remaining) every ten steps. Returns the trainer after its last save.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        trainer = Trainer.resume(folder, device)
+        if settings is not None:
+            trainer.settings = replace(settings, seed=trainer.settings.seed)
+    elif (folder / CHECKPOINT).exists():
+        raise ValueError(f"out: {folder} holds a run already; go on with --resume or choose another folder")
+    else:
+        trainer = Trainer(settings or TrainSettings(), device=device)
+    images = RenderedImages(data)
+    limit = math.inf if minutes is None else 60 * minutes
+    before, started, saved, losses = trainer.seconds, time.monotonic(), time.monotonic(), []
+
+    def progress() -> float:
+        return max(trainer.steps_done / steps, trainer.seconds / limit)
+
+    def keep() -> None:
+        trainer.save(folder)
+        trainer.averaged().save(folder / "model")
+
+    try:
+        while progress() < 1:
+            losses.append(trainer.step(images, progress()))
+            trainer.seconds = before + time.monotonic() - started
+            done = trainer.steps_done
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss is {losses[-1]} at step {done}; go back to the last checkpoint")
+            if report and done % 10 == 0:
+                remaining = trainer.seconds * (1 / progress() - 1)
+                row = {"step": done, "loss": float(np.mean(losses[-200:])), "seconds": round(trainer.seconds, 1)}
+                report({**row, "remaining": round(remaining, 1)})
+            if done % 100 == 0:
+                row = {"step": done, "loss": float(np.mean(losses[-100:])), "seconds": round(trainer.seconds, 1)}
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps({**row, "images": len(images)}) + "\n")
+            if done % sheet_every == 0:
+                _write_sheet(trainer, folder / "samples" / f"step-{done:06d}.png")
+            if time.monotonic() - saved > 60 * checkpoint_minutes:
+                keep()
+                images, saved = RenderedImages(data), time.monotonic()
+    except KeyboardInterrupt:
+        print(f"\nstopped at step {trainer.steps_done}; go on with --resume --out {folder}")
+    keep()
+    _write_sheet(trainer, folder / "samples" / f"step-{trainer.steps_done:06d}.png")
+    return trainer
+
+
+def main() -> None:
+    """The command line of `python -m text3d_fast.toybox.train`."""
+    parser = argparse.ArgumentParser(description="Train the learned Toybox prior (resumable).")
+    parser.add_argument("--data", required=True, help="folder from python -m text3d_fast.toybox.render")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=20_000, help="length of the run")
+    parser.add_argument("--minutes", type=float, help="end after this time at the latest (resumed parts included)")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--sheet-every", type=int, default=500, help="steps between sample sheets")
+    defaults = TrainSettings()
+    parser.add_argument("--batch", type=int, default=defaults.batch)
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--average", type=float, default=defaults.average, help="decay of the averaged weights")
+    given = parser.parse_args()
+    settings = TrainSettings(batch=given.batch, learning_rate=given.learning_rate, average=given.average)
+
+    def report(row: dict) -> None:
+        rate, left = row["step"] / row["seconds"], row["remaining"] / 60
+        print(f"\rstep {row['step']}  loss {row['loss']:.4f}  {rate:.2f} steps/s  {left:.1f} min left ", end="", flush=True)
+
+    train(
+        given.data, given.out, given.steps, given.minutes, given.resume, given.device, settings,
+        sheet_every=given.sheet_every, report=report,
+    )
+    print()
+
+
+if __name__ == "__main__":
+    main()

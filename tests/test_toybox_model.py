@@ -1,14 +1,14 @@
 """The learned Toybox prior: its folder, its tokenizer, its trainer and sampler (small networks, seconds each)."""
 
 import json
-import math
+import shutil
 
 import pytest
 import torch
 
 from text3d_fast.guidance.prior import Conditions
 from text3d_fast.toybox.captions import words
-from text3d_fast.toybox.dataset import render_dataset
+from text3d_fast.toybox.dataset import RenderedImages, render_dataset
 from text3d_fast.toybox.model import ToyboxModel, to_images, to_latent
 from text3d_fast.toybox.sampler import sample, step_sequence
 from text3d_fast.toybox.tokens import MAX_TOKENS, build_tokenizer
@@ -101,8 +101,6 @@ def test_load_round_trip_and_dropped_conditions(model, folder):
 
 
 def test_a_step_on_the_same_batch_lowers_the_loss(data):
-    from text3d_fast.toybox.dataset import RenderedImages
-
     trainer = Trainer(TrainSettings(batch=8, learning_rate=1e-3, warmup=1), ToyboxModel.build(0, SMALL), autocast=False)
     images, given, _ = training_batch(RenderedImages(data), trainer.settings, 0)
 
@@ -138,20 +136,17 @@ def test_resume_repeats_the_uninterrupted_run(data, tmp_path):
 
     for name in ("whole", "parts"):
         start(tmp_path / name)
-    whole = train(data, tmp_path / "whole", steps=4, resume=True, device="cpu", sheet_every=99)
-
-    from text3d_fast.toybox.dataset import RenderedImages
+    whole = train(data, tmp_path / "whole", steps=4, resume=True, device="cpu", sheet_every=0)
 
     part = Trainer.resume(tmp_path / "parts", autocast=True)
     for k in range(2):
         part.step(RenderedImages(data), k / 4)
     part.save(tmp_path / "parts")
-    resumed = train(data, tmp_path / "parts", steps=4, resume=True, device="cpu", sheet_every=99)
+    resumed = train(data, tmp_path / "parts", steps=4, resume=True, device="cpu", sheet_every=0)
     assert whole.steps_done == resumed.steps_done == 4
     for ours, theirs in zip(whole.average, resumed.average, strict=True):
         assert torch.equal(ours, theirs)
     assert ToyboxModel.load(tmp_path / "parts" / "model").unet.config.block_out_channels == list(SMALL)
-    assert list((tmp_path / "parts" / "samples").glob("*.png"))
     with pytest.raises(ValueError, match="holds a run already"):
         train(data, tmp_path / "parts", steps=5, device="cpu")
 
@@ -164,8 +159,6 @@ def test_clear_errors_for_missing_and_damaged_files(folder, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="damaged or not a Toybox checkpoint"):
         Trainer.resume(tmp_path)
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
@@ -202,4 +195,3 @@ def test_guidance_weight_formula(model):
     expected = to_images((with_text * 3 - without * 2).clamp(-1, 1))
     got = sample(model, given, 2.0, steps=1, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
-    assert math.isfinite(float(got.sum()))

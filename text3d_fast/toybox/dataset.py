@@ -103,10 +103,9 @@ def _write(path: Path, write: object) -> None:
     os.replace(part, path)
 
 
+@torch.no_grad()
 def _render_shard(job: tuple[str, int, int, dict]) -> int:
     folder, shard, count, settings = job
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + shard)
     options = {key: settings[key] for key in ("size", "front", "textureless", "normal", "two_objects")}
     images, records = render_images(count, generator, **options)
@@ -143,10 +142,15 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
     with bar:
         task = bar.add_task("", total=count, completed=count - sum(job[2] for job in jobs))
         if workers <= 1:
-            for job in jobs:
-                bar.advance(task, _render_shard(job))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+            try:
+                for job in jobs:
+                    bar.advance(task, _render_shard(job))
+            finally:
+                torch.set_num_threads(threads)
         else:
-            with get_context("spawn").Pool(workers) as pool:
+            with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
                 for done in pool.imap_unordered(_render_shard, jobs):
                     bar.advance(task, done)
 

@@ -26,7 +26,7 @@ from ..guidance.prior import Conditions
 from .captions import words
 from .tokens import MAX_TOKENS, build_tokenizer
 
-WEIGHTS = Path(__file__).with_name("weights") / "diffusion"
+WEIGHTS = Path(__file__).with_name("weights")
 IMAGE_SIZE, UNSHUFFLE, TEXT_WIDTH = 64, 4, 96
 CHANNELS = (96, 128, 160)
 CONDITION_NAMES = ["camera", "background"]

@@ -44,6 +44,7 @@ class TrainSettings:
     drop_camera: float = 0.15
     drop_background: float = 0.15
     largest_weight: float = 8.0
+    noise_exponent: float = 0.6  # noise levels are drawn as u^exponent: below 1, noisier ones more often
     seed: int = 0
 
 
@@ -82,17 +83,19 @@ def denoising_loss(
     generator: torch.Generator,
     largest_weight: float = 8.0,
     autocast: torch.dtype | None = None,
+    noise_exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the plain squared error [B] of predicting the clean image, at evenly spread noise levels.
+    """The weighted loss and the plain squared error [B] of predicting the clean image, one noise level an image.
 
-    Weight min(1 / sigma^2, largest_weight): never below 1, so that the noisiest steps, which decide what a picture
-    shows, still count. Noise and steps come from the CPU generator.
+    The levels are u^noise_exponent of the schedule's length with u spread evenly over 0..1. What a picture shows is
+    decided where it is mostly noise, so a short training gains from an exponent below 1. The weight is
+    min(1 / sigma^2, largest_weight), never below 1 for the same reason. Noise and levels come from the CPU generator.
     """
     device, count = model.device, len(images)
     clean = to_latent(images)
     kept = model.scheduler.alphas_cumprod
     steps = (torch.arange(count) + torch.rand((), generator=generator)) / count
-    steps = (steps * len(kept)).long().clamp(max=len(kept) - 1)
+    steps = (steps**noise_exponent * len(kept)).long().clamp(max=len(kept) - 1)
     noise = torch.randn(clean.shape, generator=generator)
     abar = kept[steps].float().view(-1, 1, 1, 1)
     noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
@@ -140,7 +143,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = s.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
         images, conditions, generator = training_batch(data, s, self.steps_done)
-        loss, _ = denoising_loss(self.model, images, conditions, generator, s.largest_weight, self.autocast)
+        loss, _ = denoising_loss(
+            self.model, images, conditions, generator, s.largest_weight, self.autocast, s.noise_exponent
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -217,7 +222,8 @@ def train(
 ) -> Trainer:
     """Trains until `steps` steps are done or `minutes` minutes are spent (earlier parts of a resumed run included).
 
-    The learning rate falls along a cosine that ends with whichever comes first. `report` receives a dict (step, loss,
+    The learning rate falls along a cosine that ends with whichever comes first. A sample sheet is written every
+    `sheet_every` steps and at the end (0: never). `report` receives a dict (step, loss,
     seconds, remaining) every ten steps. Returns the trainer after its last save.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -257,7 +263,7 @@ def train(
                 row = {"step": done, "loss": float(np.mean(losses[-100:])), "seconds": round(trainer.seconds, 1)}
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps({**row, "images": len(images)}) + "\n")
-            if done % sheet_every == 0:
+            if sheet_every and done % sheet_every == 0:
                 _write_sheet(trainer, folder / "samples" / f"step-{done:06d}.png")
             if time.monotonic() - saved > 60 * checkpoint_minutes:
                 keep()
@@ -265,7 +271,8 @@ def train(
     except KeyboardInterrupt:
         print(f"\nstopped at step {trainer.steps_done}; go on with --resume --out {folder}")
     keep()
-    _write_sheet(trainer, folder / "samples" / f"step-{trainer.steps_done:06d}.png")
+    if sheet_every:
+        _write_sheet(trainer, folder / "samples" / f"step-{trainer.steps_done:06d}.png")
     return trainer
 
 
@@ -288,7 +295,8 @@ def main() -> None:
 
     def report(row: dict) -> None:
         rate, left = row["step"] / row["seconds"], row["remaining"] / 60
-        print(f"\rstep {row['step']}  loss {row['loss']:.4f}  {rate:.2f} steps/s  {left:.1f} min left ", end="", flush=True)
+        line = f"step {row['step']}  loss {row['loss']:.4f}  {rate:.2f} steps/s  {left:.1f} min left "
+        print("\r" + line, end="", flush=True)
 
     train(
         given.data, given.out, given.steps, given.minutes, given.resume, given.device, settings,

@@ -61,6 +61,13 @@ inline int32_t skip(const Walker& w, const MarchRay& ray, int32_t j) {
   return j + (steps > 1.f ? int32_t(steps) : 1);
 }
 
+constexpr int kTimes = 40;  // 33 are wanted; whole vectors are computed
+
+inline void cone_times(const MarchRay& ray, float step, double cone_rate, int32_t j, float* times) {
+  const MarchRay r = ray;
+  for (int32_t i = 0; i < kTimes; ++i) times[i] = lattice_time<true>(r, step, cone_rate, float(j + i));
+}
+
 // Bit i: interval j + i has its middle in an occupied cell.
 template <bool kCone, bool kNested>
 inline uint32_t test_32(const Walker& w, const MarchRay& ray, int32_t j) {
@@ -68,8 +75,9 @@ inline uint32_t test_32(const Walker& w, const MarchRay& ray, int32_t j) {
   const MarchGrid grid = w.grid;
   const MarchRay r = ray;
   if (kCone) {
-    for (int32_t i = 0; i < 32; ++i)
-      hits |= occupied_at<kNested>(grid, r, lattice_middle<true>(r, w.step, w.cone_rate, j + i)) << i;
+    alignas(64) float times[kTimes];
+    cone_times(r, w.step, w.cone_rate, j, times);
+    for (int32_t i = 0; i < 32; ++i) hits |= occupied_at<kNested>(grid, r, 0.5f * (times[i] + times[i + 1])) << i;
     return hits;
   }
   const float step = w.step, first = float(j) + 0.5f;
@@ -183,10 +191,15 @@ void write_run(const MarchRaysParams& p, const Walker& w, const MarchRay& ray, i
   const MarchRay state = ray;
   const float step = w.step;
   if (p.cone_angle > 0.) {
-    for (int32_t i = 0; i < length; ++i) {
-      ids[i] = int32_t(r);
-      starts[i] = absolute_time(state, lattice_time<true>(state, step, w.cone_rate, float(first + i)));
-      ends[i] = min_of(absolute_time(state, lattice_time<true>(state, step, w.cone_rate, float(first + i + 1))), state.far);
+    for (int32_t begin = 0; begin < length; begin += 32) {
+      alignas(64) float times[kTimes];
+      cone_times(state, step, w.cone_rate, first + begin, times);
+      const int32_t count = length - begin < 32 ? length - begin : 32;
+      for (int32_t i = 0; i < count; ++i) {
+        ids[begin + i] = int32_t(r);
+        starts[begin + i] = absolute_time(state, times[i]);
+        ends[begin + i] = min_of(absolute_time(state, times[i + 1]), state.far);
+      }
     }
     return;
   }

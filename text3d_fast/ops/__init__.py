@@ -6,6 +6,7 @@ from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad
 from text3d_fast.ops.interpolate import interpolate
 from text3d_fast.ops.march_rays import march_rays
 from text3d_fast.ops.marching_tets import marching_tets
+from text3d_fast.ops.prune_samples import prune_samples
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.ops.tet_grid import TetGrid
@@ -26,6 +27,7 @@ __all__ = [
     "march_rays",
     "marching_tets",
     "mip_stack",
+    "prune_samples",
     "rasterize",
     "texture",
 ]

@@ -310,6 +310,8 @@ def resume_command(options: Generate, out: Path) -> str:
             continue
         name = "--" + entry.name.replace("_", "-")
         words += [name] if value is True else [name, str(value)]
+    if options.set:
+        words += ["--set", *options.set]
     return shlex.join(words)
 
 

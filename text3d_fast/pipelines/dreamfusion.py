@@ -15,6 +15,7 @@ from torch import Tensor
 from text3d_fast.guidance import Conditions, Prior, ScoreDistillation, TimeRange
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.scene.background import random_background
+from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, thickness_loss
 from text3d_fast.scene.volume_renderer import Rendering
 
@@ -128,7 +129,7 @@ class DreamFusion:
         training.prepare_step()
 
         # 1. a random camera, light and background
-        cameras = config.cameras.sample(config.batch, config.size, generator).to(self.device)
+        cameras = self._cameras(config, generator)
         lights = config.lights.sample(cameras, generator)
         mode = config.shading.sample(progress, generator)
         color = random_background(config.batch, generator, self.device)
@@ -156,6 +157,15 @@ class DreamFusion:
         training.optimizer.step()
         training.step += 1
         return StepState(training, rendering, loss.detach(), distilled.gradient_norm, 0.0)
+
+    def _cameras(self, config: DreamFusionConfig, generator: torch.Generator) -> Cameras:
+        """Random ones, or some of those that the prior knows exactly, if it is told the camera at all."""
+        views = getattr(self.prior, "known_cameras", None) if config.guidance.camera else None
+        if views is None:
+            cameras = config.cameras.sample(config.batch, config.size, generator)
+        else:
+            cameras = config.cameras.choose(views(config.prompt), config.batch, config.size, generator)
+        return cameras.to(self.device)
 
     def _penalties(self, training: Training, rendering: Rendering) -> Tensor:
         terms = {

@@ -1,4 +1,4 @@
-"""Pictures of a scene in training: previews and views of the volume."""
+"""Pictures: previews of the volume in training, views of the finished mesh."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text3d_fast.export import Mesh
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import headlights
+from text3d_fast.scene.mesh_renderer import render_mesh
 
 from .checkpoint import replacing
+from .config import DreamFusionConfig
 from .training import Training
 
 WHITE = (1.0, 1.0, 1.0)
-VIEW_LABELS = ["front", "front left", "left", "back left", "back", "back right", "right", "front right"]
+VIEW_LABELS = ["front", "45", "left", "135", "back", "225", "right", "315"]
 TURNTABLE_FRAMES = 36
 
 
@@ -47,14 +50,34 @@ def preview(training: Training) -> Tensor:
     return torch.cat(list(pictures), 1)
 
 
-def views(training: Training, size: int = 192) -> Tensor:
+@torch.no_grad()
+def mesh_views(
+    mesh: Mesh, config: DreamFusionConfig, azimuths: list[float], elevation: float = 15.0, size: int = 256,
+    ground: tuple[float, float, float] = WHITE,
+) -> Tensor:
+    """Pictures [V, size, size, 3] in 0..1 of the exported mesh; angles in degrees. An empty mesh gives empty ones."""
+    fov_y, distance = math.radians(sum(config.cameras.fov_y) / 2), sum(config.cameras.distance) / 2
+    background = torch.tensor([ground], device=mesh.vertices.device)
+    if not len(mesh.faces):
+        return background.expand(len(azimuths), size, size, 3)
+    normals = mesh.with_normals().normals
+    frames = []
+    for azimuth in azimuths:
+        cameras = Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size,
+                                mesh.vertices.device)
+        frames.append(render_mesh(mesh.vertices, mesh.faces, normals, mesh.colors, cameras, background,
+                                  headlights(cameras))[0])
+    return torch.cat(frames)
+
+
+def views(mesh: Mesh, config: DreamFusionConfig, size: int = 256) -> Tensor:
     """[8, size, size, 3] every 45 degrees from the front, as VIEW_LABELS."""
-    return volume_views(training, [45.0 * k for k in range(8)], size=size)[0]
+    return mesh_views(mesh, config, [45.0 * k for k in range(8)], size=size)
 
 
-def turntable(training: Training, frames: int, size: int = 192) -> Tensor:
+def turntable(mesh: Mesh, config: DreamFusionConfig, frames: int = TURNTABLE_FRAMES, size: int = 256) -> Tensor:
     """[frames, size, size, 3] once around."""
-    return volume_views(training, [360.0 * k / frames for k in range(frames)], size=size)[0]
+    return mesh_views(mesh, config, [360.0 * k / frames for k in range(frames)], size=size)
 
 
 def to_bytes(picture: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ from text3d_fast import export
 
 from .checkpoint import OutputError, write_text
 from .config import DreamFusionConfig
-from .pictures import TURNTABLE_FRAMES, VIEW_LABELS, turntable, views
+from .pictures import VIEW_LABELS, turntable, views, volume_views
 from .run_folder import RunFolder
 from .training import Training
 
@@ -34,7 +34,7 @@ class Result:
     """What a run gives.
 
     mesh      the cleaned surface, with a texture or vertex colours (unlit albedo)
-    views     [8, H, W, 3] pictures in 0..1, every 45 degrees from the front
+    views     [8, H, W, 3] pictures of it in 0..1, every 45 degrees from the front
     metrics   everything in result.json
     training  the scene, for further pictures
     """
@@ -67,11 +67,11 @@ def finish(training: Training, folder: RunFolder | None) -> Result:
         "peak_memory_bytes": peak_memory(training.device), "device": device_name(training.device),
         "threads": config.threads, "metrics": metrics, "warnings": warnings, "versions": versions(),
     }
-    pictures = views(training)
+    pictures = views(mesh, config)
     if len(mesh.faces) and folder is not None:
         try:
             export.write_mesh(folder / "mesh.glb", mesh)
-            export.write_turntable(folder / "turntable.gif", turntable(training, TURNTABLE_FRAMES))
+            export.write_turntable(folder / "turntable.gif", turntable(mesh, config))
             export.write_views(folder / "views.png", pictures, VIEW_LABELS)
         except OSError as error:
             raise OutputError(f"cannot write into {folder.path}: {error.strerror or error}") from error
@@ -117,8 +117,6 @@ def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]
 @torch.no_grad()
 def measure_fog(training: Training) -> float:
     """The share of the visible opacity that lies in half-transparent pixels (0.1 to 0.9), edges not counted."""
-    from .pictures import volume_views
-
     _, opacity = volume_views(training, [0.0, 90.0, 180.0, 270.0], size=64, mode="albedo")
     covered = (opacity > 0.05).float()[:, None]
     inner = 1 - torch.nn.functional.max_pool2d(1 - covered, 5, stride=1, padding=2)

@@ -205,6 +205,20 @@ class CameraDistribution:
                                   (self.distance[0] * factor, self.distance[1] * factor), self.fov_y, self.area,
                                   self.jitter_position * factor, self.jitter_target * factor, self.jitter_up)
 
+    def choose(self, known: Tensor, count: int, size: int | tuple[int, int],
+               generator: torch.Generator | None = None) -> Cameras:
+        """`count` of the `known` cameras [N, 3] (elevation, azimuth in radians, distance) within the elevations.
+
+        For priors that know a finite set of views exactly. ValueError if none of them lies in the range.
+        """
+        low, high = self.elevation
+        degrees = torch.rad2deg(known[:, 0])
+        inside = known[(degrees >= low - 1e-3) & (degrees <= high + 1e-3)]
+        if not len(inside):
+            raise ValueError(f"elevation: none of the {len(known)} known cameras lies within {low} to {high} degrees")
+        rows = torch.randint(len(inside), (count,), generator=generator)
+        return Cameras.orbit(*inside[rows].unbind(1), math.radians(sum(self.fov_y) / 2), size)
+
     def sample(self, count: int, size: int | tuple[int, int], generator: torch.Generator | None = None,
                device: torch.device | str | None = None) -> Cameras:
         """`count` cameras with images of `size`; the azimuths of a batch are spread, one in each of `count` sectors."""

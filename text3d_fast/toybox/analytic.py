@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..guidance.prior import Conditions
 from ..guidance.schedule import NoiseSchedule
-from .bank import Bank, angles_between, caption_bank, empty_bank
+from .bank import Bank, angles_between, caption_bank, empty_bank, even_cameras
 from .captions import caption, parse, view_word
 from .scenes import Description
 
@@ -93,6 +93,10 @@ class AnalyticPrior:
         if not text.strip():
             return empty_bank(size=self.image_size, progress=self.progress)
         return caption_bank(parse(text), self.cameras, self.members, self.image_size, progress=self.progress)
+
+    def known_cameras(self, text: str) -> Tensor:
+        """[N, 3] elevation, azimuth (radians) and distance of the bank's renders: from there the prior is exact."""
+        return even_cameras(self.cameras)
 
     def _images(self, text: str, camera: Tensor | None, device: torch.device) -> _Images:
         description = parse(text) if text.strip() else None

@@ -17,6 +17,10 @@ def red_ball(monkeypatch):
     from text3d_fast.pipelines import dreamfusion, pictures, results
 
     monkeypatch.setattr(dreamfusion, "load_prior", lambda model, device: (RedBall(), model or "red ball"))
+    def choose(training):
+        return (None, 0.0) if training.config.field.sharpness < 1e-3 else ("auto", 1.0)
+
+    monkeypatch.setattr(results, "choose_threshold", choose)
     monkeypatch.setattr(results, "views", lambda mesh, config: pictures.views(mesh, config, size=8))
     monkeypatch.setattr(results, "turntable", lambda mesh, config: pictures.turntable(mesh, config, 2, size=8))
 

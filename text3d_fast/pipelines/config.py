@@ -51,17 +51,17 @@ class FieldConfig:
     features: int = 2
     log2_table_size: int = 15
     base_resolution: int = 8
-    max_resolution: int = 128
-    start_levels: int = 8
-    levels_end: float = 0.3
+    max_resolution: int = 96
+    start_levels: int = 4
+    levels_end: float = 0.4
     hidden: int = 32
     density: str = "softplus"
-    sharpness: float = 8.0
-    blob_scale: float = 4.0
+    sharpness: float = 30.0
+    blob_scale: float = 8.0
     blob_width: float = 0.5
     blob_profile: str = "linear"
     normals: str = "analytic"
-    smooth: bool = False
+    smooth: bool = True
 
 
 @dataclass
@@ -101,8 +101,8 @@ class PenaltyConfig:
 class OptimizerConfig:
     """Adam, betas (0.9, 0.99); rates fall to `final` of themselves along a cosine, after `warmup` of the steps."""
 
-    grid: float = 1e-2
-    network: float = 2e-3
+    grid: float = 2e-2
+    network: float = 5e-3
     background: float = 1e-3
     warmup: float = 0.02
     final: float = 0.1

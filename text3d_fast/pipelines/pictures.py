@@ -26,16 +26,12 @@ TURNTABLE_FRAMES = 36
 @torch.no_grad()
 def volume_views(
     training: Training, azimuths: list[float], elevation: float = 15.0, size: int = 128, mode: str = "lambertian",
-    ground: tuple[float, float, float] = WHITE, distance: float | None = None,
+    ground: tuple[float, float, float] = WHITE,
 ) -> tuple[Tensor, Tensor]:
     """Pictures [V, size, size, 3] in 0..1 and opacities [V, size, size] of the volume; angles in degrees."""
     config, device = training.config, training.device
-    if distance is None:
-        distance = sum(config.cameras.distance) / 2
-    fov_y = math.radians(sum(config.cameras.fov_y) / 2)
     pictures, opacities = [], []
-    for azimuth in azimuths:
-        cameras = Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size, device)
+    for cameras in orbits(config, azimuths, elevation, size, device):
         background = torch.tensor([ground], device=device)
         rendering = training.renderer(training.field, cameras, background, headlights(cameras), mode,
                                       None if mode == "albedo" else config.field.normals)
@@ -56,18 +52,37 @@ def mesh_views(
     ground: tuple[float, float, float] = WHITE,
 ) -> Tensor:
     """Pictures [V, size, size, 3] in 0..1 of the exported mesh; angles in degrees. An empty mesh gives empty ones."""
-    fov_y, distance = math.radians(sum(config.cameras.fov_y) / 2), sum(config.cameras.distance) / 2
     background = torch.tensor([ground], device=mesh.vertices.device)
     if not len(mesh.faces):
         return background.expand(len(azimuths), size, size, 3)
     normals = mesh.with_normals().normals
     frames = []
-    for azimuth in azimuths:
-        cameras = Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size,
-                                mesh.vertices.device)
+    for cameras in orbits(config, azimuths, elevation, size, mesh.vertices.device):
         frames.append(render_mesh(mesh.vertices, mesh.faces, normals, mesh.colors, cameras, background,
                                   headlights(cameras))[0])
     return torch.cat(frames)
+
+
+@torch.no_grad()
+def mesh_silhouettes(
+    mesh: Mesh, config: DreamFusionConfig, azimuths: list[float], elevation: float, size: int
+) -> Tensor:
+    """Which pixels the mesh covers, bool [V, size, size]."""
+    masks = [torch.zeros(size, size, dtype=torch.bool, device=mesh.vertices.device)] * len(azimuths)
+    if len(mesh.faces):
+        for k, cameras in enumerate(orbits(config, azimuths, elevation, size, mesh.vertices.device)):
+            masks[k] = render_mesh(mesh.vertices, mesh.faces, mesh.vertices, mesh.vertices, cameras,
+                                   mesh.vertices.new_zeros(1, 3), mode="albedo", supersample=1)[1][0] > 0.5
+    return torch.stack(masks)
+
+
+def orbits(
+    config: DreamFusionConfig, azimuths: list[float], elevation: float, size: int, device: torch.device
+) -> list[Cameras]:
+    """One camera for each azimuth (degrees), at the middle of the distances and fields of view of the run."""
+    fov_y, distance = math.radians(sum(config.cameras.fov_y) / 2), sum(config.cameras.distance) / 2
+    return [Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size, device)
+            for azimuth in azimuths]
 
 
 def views(mesh: Mesh, config: DreamFusionConfig, size: int = 256) -> Tensor:

@@ -51,6 +51,5 @@ TOYBOX_LIGHTS = {
 # The exact denoiser needs no guidance, and with w = sigma / alpha its gradient is the picture minus the denoised one.
 ANALYTIC_SETTINGS = {
     "guidance.weight": 0.0, "guidance.weighting": "sample",
-    "guidance.time": (0.02, 0.7), "guidance.final_time": (0.02, 0.3),
-    "penalties.opacity": (1e-3, 1e-3),
+    "guidance.time": (0.02, 0.5), "guidance.final_time": (0.02, 0.2),
 }

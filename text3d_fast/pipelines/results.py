@@ -16,7 +16,7 @@ from text3d_fast import export
 
 from .checkpoint import OutputError, write_text
 from .config import DreamFusionConfig
-from .pictures import VIEW_LABELS, turntable, views, volume_views
+from .pictures import VIEW_LABELS, mesh_silhouettes, turntable, views, volume_views
 from .run_folder import RunFolder
 from .training import Training
 
@@ -88,7 +88,11 @@ def finish(training: Training, folder: RunFolder | None) -> Result:
 def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]:
     """The cleaned, coloured mesh, figures about it, and warnings."""
     field, config = training.field, training.config
-    mesh, threshold = export.extract_mesh(training.renderer.visible_density(field), config.mesh_resolution,
+    level, agreement = choose_threshold(training)
+    if level is None:
+        nothing = torch.zeros(0, 3, device=training.device)
+        return export.Mesh(nothing, nothing.int()), {"vertices": 0, "faces": 0}, []
+    mesh, threshold = export.extract_mesh(training.renderer.visible_density(field), config.mesh_resolution, level,
                                           device=training.device)
     mesh, report = export.clean_mesh(mesh)
     warnings = []
@@ -99,6 +103,7 @@ def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]
                         f"surface were removed")
     figures = {
         "vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": round(threshold, 3),
+        "silhouette_agreement": round(agreement, 4),
         "components": report.kept, "floaters_removed": len(floaters),
         "cavities_removed": len(report.dropped) - len(floaters),
     }
@@ -112,6 +117,34 @@ def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]
         low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
         figures["size"] = [round(value, 3) for value in (high - low).tolist()]
     return mesh, figures, warnings
+
+
+@torch.no_grad()
+def choose_threshold(training: Training, resolution: int = 64) -> tuple[float | str | None, float]:
+    """The density to cut at: the one whose mesh has the silhouettes of the volume (opacity above one half).
+
+    A surface that is opaque only over several samples, as thin or soft ones are, would vanish or fray at a fixed
+    density. Also returns the mean intersection over union of the silhouettes, from 8 sides. None: nothing is opaque.
+    """
+    azimuths, elevations = [45.0 * k for k in range(8)], (10.0, 50.0)
+    seen = torch.cat([volume_views(training, azimuths[k::2], elevations[k], 96, "albedo")[1] > 0.5 for k in (0, 1)])
+    density = training.renderer.visible_density(training.field)
+    best: tuple[float | str, float] = ("auto", 0.0)
+    if not bool(seen.any()):
+        return None, 0.0
+    level: float | str = "auto"
+    for _ in range(8):
+        mesh, used = export.extract_mesh(density, resolution, level, device=training.device)
+        mesh, _ = export.clean_mesh(mesh)
+        masks = torch.cat([mesh_silhouettes(mesh, training.config, azimuths[k::2], elevations[k], 96) for k in (0, 1)])
+        either = (masks | seen).sum()
+        agreement = float((masks & seen).sum() / either) if either else 0.0
+        if agreement > best[1] + 1e-3:
+            best = used, agreement
+        level = used * 0.6
+        if level <= 0:
+            break
+    return best
 
 
 @torch.no_grad()

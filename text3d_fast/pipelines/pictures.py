@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text3d_fast import ops
 from text3d_fast.export import Mesh
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import headlights
-from text3d_fast.scene.mesh_renderer import render_mesh
+from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes
 
 from .checkpoint import replacing
 from .config import DreamFusionConfig
@@ -55,11 +56,9 @@ def mesh_views(
     background = torch.tensor([ground], device=mesh.vertices.device)
     if not len(mesh.faces):
         return background.expand(len(azimuths), size, size, 3)
-    normals = mesh.with_normals().normals
-    frames = []
-    for cameras in orbits(config, azimuths, elevation, size, mesh.vertices.device):
-        frames.append(render_mesh(mesh.vertices, mesh.faces, normals, mesh.colors, cameras, background,
-                                  headlights(cameras))[0])
+    mesh = mesh.with_normals()
+    frames = [render_meshes([mesh], cameras, background, headlights(cameras)).color.clamp(0, 1)
+              for cameras in orbits(config, azimuths, elevation, size, mesh.vertices.device)]
     return torch.cat(frames)
 
 
@@ -71,8 +70,8 @@ def mesh_silhouettes(
     masks = [torch.zeros(size, size, dtype=torch.bool, device=mesh.vertices.device)] * len(azimuths)
     if len(mesh.faces):
         for k, cameras in enumerate(orbits(config, azimuths, elevation, size, mesh.vertices.device)):
-            masks[k] = render_mesh(mesh.vertices, mesh.faces, mesh.vertices, mesh.vertices, cameras,
-                                   mesh.vertices.new_zeros(1, 3), mode="albedo", supersample=1)[1][0] > 0.5
+            rast, _ = ops.rasterize(clip_positions(mesh.vertices, cameras).contiguous(), mesh.faces, (size, size))
+            masks[k] = rast[0, ..., 3].flip(0) != 0
     return torch.stack(masks)
 
 

@@ -78,6 +78,24 @@ def test_gradient_is_the_slope_of_the_weighted_divergence(weighting, time_range)
     torch.testing.assert_close(analytic, truth, rtol=1e-9, atol=1e-12)
 
 
+def test_every_sample_is_the_weighted_noise_residual():
+    """The noise has mean zero, so the integrals above do not see it; its sign decides the variance."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 50, 1, 1, 1, dtype=torch.float64, generator=generator)
+    t = torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
+    alpha, sigma = TWO_MODES.schedule.alpha_sigma(t)
+    x_t = alpha * x.flatten() + sigma * noise.flatten()
+    expected = sigma**2 * (TWO_MODES.noise(x_t[:, None], t)[:, 0] - noise.flatten())
+    sds = ScoreDistillation(MixturePrior(TWO_MODES), 0.0, "sigma2")
+    gradient, _ = sds.gradient(x, t, noise, Conditions([""] * 50))
+    torch.testing.assert_close(gradient.flatten(), expected)
+    # at the only image there is, eps_theta is eps exactly and nothing is left
+    point = GaussianMixture([[0.3]], 1e-9)
+    sds = ScoreDistillation(MixturePrior(point), 0.0, "uniform")
+    residual, _ = sds.gradient(torch.full_like(x, 0.3), t, noise, Conditions([""] * 50))
+    assert float(residual.abs().max()) < 1e-9
+
+
 def test_uniform_weight_is_the_specs_sigma_over_alpha_divergence():
     points = torch.linspace(-3, 3, 13, dtype=torch.float64)
     t, t_weight, noise, noise_weight = _nodes((0.02, 0.98), NODES)

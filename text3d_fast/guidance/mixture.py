@@ -106,7 +106,9 @@ class MixturePrior:
         unknown = sorted(set(conditions.texts) - set(self._log_weights))
         if unknown:
             raise ValueError(f"texts: expected one of {sorted(self._log_weights)}, got {unknown}")
-        log_weights = torch.stack([self._log_weights[text] for text in conditions.texts]).to(x_t)
+        names = list(self._log_weights)
+        rows = torch.tensor([names.index(text) for text in conditions.texts], device=x_t.device)
+        log_weights = torch.stack(list(self._log_weights.values())).to(x_t)[rows]
         return self.mixture.noise(x_t.flatten(1), t, log_weights).reshape(x_t.shape)
 
 

@@ -8,7 +8,8 @@ from test_dreamfusion import TINY, RedBall
 
 from text3d_fast import cli
 
-SMALL = ["--set", *(f"{name}={value}" for name, value in (TINY | {"steps": 3}).items())]
+SMALL = ["--set", *(f"{name}={list(value) if isinstance(value, tuple) else value}"
+                    for name, value in (TINY | {"steps": 3}).items())]
 
 
 @pytest.fixture

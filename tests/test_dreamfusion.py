@@ -197,6 +197,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pipeline(steps=1).run("a ball", out=tmp_path / "file" / "run")
 
 
+def test_a_run_that_fails_early_leaves_no_folder(tmp_path):
+    def fail(step, state):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipeline().run("a ball", out=tmp_path / "run", callback=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_mesh_is_an_error_that_leaves_a_report(tmp_path):
     df = pipeline(steps=1, **{"field.blob_scale": 0.0, "field.sharpness": 1e-9})
     with pytest.raises(EmptyMesh, match="empty"):

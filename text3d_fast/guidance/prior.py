@@ -90,6 +90,8 @@ class Prior(Protocol):
 
     Optional: `camera_distribution`, a dict that says which cameras the prior knows, in degrees and world units:
     {"elevation": (low, high), "azimuth": (low, high), "distance": (low, high), "fov_y": (low, high)}.
+    Optional: `known_cameras(text)`, [N, 3] elevation, azimuth (radians) and distance of the only views that the prior
+    knows exactly; pipelines that tell it the camera then look from there.
     """
 
     schedule: NoiseSchedule

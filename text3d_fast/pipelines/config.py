@@ -105,7 +105,7 @@ class OptimizerConfig:
     network: float = 5e-3
     background: float = 1e-3
     warmup: float = 0.02
-    final: float = 0.1
+    final: float = 0.03
 
 
 @dataclass

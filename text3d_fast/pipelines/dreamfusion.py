@@ -96,10 +96,19 @@ class DreamFusion:
             "prompt": canonical_prompt(self.prior, prompt), "model": self.model, "seed": seed,
             "steps": self.config.steps if steps is None else steps, "threads": torch.get_num_threads(),
         })
-        folder = None
-        if out is not None:
-            folder = RunFolder(out)
-            config = folder.open(config, resume)
+        if out is None:
+            return self._optimize(config, None, resume, callback)
+        folder = RunFolder(out)
+        config = folder.open(config, resume)
+        try:
+            return self._optimize(config, folder, resume, callback)
+        except BaseException:
+            folder.discard()  # nothing half-written: unless a checkpoint was made, the folder is as before
+            raise
+
+    def _optimize(
+        self, config: DreamFusionConfig, folder: RunFolder | None, resume: bool, callback: Callback | None
+    ) -> Result:
         training = Training(config, self.device)
         if folder is not None and resume:
             folder.restore(training)

@@ -14,7 +14,7 @@ from .config import DreamFusionConfig
 from .training import Training
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
-PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT, CONFIG)
+PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,6 +70,14 @@ class RunFolder:
                     f"resume it with its own settings, or choose another folder with --out"
                 )
         return saved
+
+    def discard(self) -> None:
+        """Remove what `open` made, if nothing came of it."""
+        if not any((self / name).exists() for name in PRODUCTS):
+            with contextlib.suppress(OSError):
+                (self / CONFIG).unlink()
+                (self / PREVIEW).unlink(missing_ok=True)
+                self.path.rmdir()
 
     def restore(self, training: Training) -> None:
         tensors, about = load_state(self / CHECKPOINT)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from text3d_fast import export
 from text3d_fast.pipelines.results import EmptyMesh
 from text3d_fast.toybox import evaluate, metrics
 from text3d_fast.toybox.bank import one_thread
@@ -27,9 +28,12 @@ class Maker:
         tick(1, 1)
         if method is NOTHING:
             raise EmptyMesh("the mesh is empty")
+        folder.mkdir(parents=True, exist_ok=True)
         scene = build_scene(parse(prompt if method is EXACT else "a red teapot"))
         with torch.no_grad():
-            return Mesh.from_scene(scene, 32), {"seconds": {"total": 3.0}, "warnings": []}
+            mesh = Mesh.from_scene(scene, 32)
+            export.write_mesh(folder / "mesh.glb", export.Mesh(mesh.vertices, mesh.faces, colors=mesh.colors))
+            return mesh, {"seconds": {"total": 3.0}, "warnings": []}
 
 
 @pytest.fixture

@@ -110,6 +110,27 @@ def test_an_empty_mesh_scores_zero_and_a_bad_one_is_refused(mug):
         Mesh.of((torch.zeros(4, 3), torch.zeros(1, 3), torch.zeros(3, 3)))
 
 
+def test_meshes_come_from_files_textures_and_tuples(mug, tmp_path):
+    from text3d_fast import export
+
+    _, _, mesh = mug
+    whole = export.Mesh(mesh.vertices, mesh.faces, colors=mesh.colors)
+    export.write_mesh(tmp_path / "mesh.glb", whole)
+    for other in (Mesh.of(tmp_path / "mesh.glb"), Mesh.of(whole), Mesh.of((mesh.vertices, mesh.faces, mesh.colors))):
+        assert torch.equal(other.faces, mesh.faces)
+        assert torch.allclose(other.vertices, mesh.vertices, atol=1e-6)
+        assert torch.allclose(other.colors, mesh.colors, atol=0.02)  # linear bytes in a GLB are coarse in the dark
+    triangle = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    corners = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    uv = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.1, 0.9]])
+    texture = torch.zeros(2, 2, 3)
+    texture[1, 0, 0] = texture[1, 1, 1] = texture[0, 0, 2] = 1  # red at v = 0, green to its right, blue above
+    painted = Mesh.of(export.Mesh(triangle, corners, uv=uv, uv_faces=corners, texture=texture))
+    assert torch.equal(painted.colors, torch.eye(3))
+    with pytest.raises(ValueError, match="mesh: expected a tuple"):
+        Mesh.of(3)
+
+
 def test_mesh_and_scene_are_seen_alike(mug):
     scene, _, mesh = mug
     cameras = metrics.held_out_cameras(4)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..export import Mesh as ExportMesh
+from ..export import read_mesh
 from ..scene.cameras import Cameras
 from .render import FOV_Y, Surface, camera_frame, shade, trace
 from .scenes import Scene
@@ -28,24 +31,22 @@ class Mesh:
 
     @classmethod
     def of(cls, mesh: Any) -> Mesh:
-        """From a pair (vertices, faces), a file readable by trimesh, or any object with vertices, faces and colors
-        (called `colors` or `vertex_colors`; trimesh's textures are read at the vertices)."""
+        """From (vertices, faces) or (vertices, faces, colors), a .glb, .obj or .ply file, or an `export.Mesh`.
+
+        Raises ValueError if it is none of these, or wrong in its shapes.
+        """
         if isinstance(mesh, Mesh):
             return mesh
         if isinstance(mesh, tuple):
-            return cls(*(_tensor(part) for part in mesh[:2]), *(_tensor(part) for part in mesh[2:3]))._checked()
-        if not hasattr(mesh, "vertices"):
-            import trimesh
-
-            mesh = trimesh.load(mesh, force="mesh", process=False)
-        colors = getattr(mesh, "colors", None)
-        if colors is None:
-            colors = getattr(mesh, "vertex_colors", None)
-        visual = getattr(mesh, "visual", None)
-        if colors is None and visual is not None and visual.kind is not None:
-            colors = (visual.to_color() if visual.kind == "texture" else visual).vertex_colors
-            colors = torch.as_tensor(colors.copy()).float()[:, :3] / 255
-        return cls(_tensor(mesh.vertices), _tensor(mesh.faces), None if colors is None else _tensor(colors))._checked()
+            return cls(*mesh)._checked()
+        if isinstance(mesh, (str, Path)):
+            mesh = read_mesh(mesh)
+        if not isinstance(mesh, ExportMesh):
+            raise ValueError(f"mesh: expected a tuple, a file name or an export.Mesh, got {type(mesh).__name__}")
+        colors = mesh.colors
+        if colors is None and mesh.texture is not None and mesh.uv is not None:
+            colors = _texture_colors(mesh)
+        return cls(mesh.vertices, mesh.faces, colors)._checked()
 
     @classmethod
     def from_scene(cls, scene: Scene, resolution: int = 80) -> Mesh:
@@ -65,8 +66,14 @@ class Mesh:
         return Mesh(vertices, faces, colors)
 
 
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(values.copy())
+def _texture_colors(mesh: ExportMesh) -> Tensor:
+    """The texture at each vertex, at one of its places in the atlas."""
+    place = mesh.uv.new_zeros(len(mesh.vertices), 2)
+    place[mesh.faces.long().flatten()] = mesh.uv[mesh.uv_faces.long().flatten()]
+    height, width = mesh.texture.shape[:2]
+    column = (place[:, 0] * width).long().clamp(0, width - 1)
+    row = ((1 - place[:, 1]) * height).long().clamp(0, height - 1)
+    return mesh.texture[row, column]
 
 
 def orbit_cameras(cameras: Tensor, size: int) -> Cameras:

@@ -11,7 +11,7 @@ from text3d_fast.reference.hash_grid_spec import HashGridSpec
 
 __all__ = ["HashGridSpec", "hash_grid", "hash_grid_grad"]
 
-backends.declare("hash_grid")
+backends.declare("hash_grid", triton=True)
 TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,6 +101,16 @@ def _table(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return table
 
 
+def _run(kernel: str, tensors: tuple, fixed: tuple, dtype: torch.dtype, spec: HashGridSpec, active_levels: int) -> None:
+    if backends.choose("hash_grid", tensors[0].device) == "triton":
+        from text3d_fast._triton import hash_grid as twin
+
+        getattr(twin, kernel)(*tensors, spec, active_levels)
+    else:
+        native.call(f"hash_grid_{kernel}", *tensors, *fixed, tensors[0].shape[0], TABLE_DTYPES.index(dtype),
+                    *_layout(spec, active_levels))
+
+
 def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
     """The fields of HashGridLayout."""
     return (spec.level_scales, spec.level_resolutions, spec.level_offsets, spec.level_hashed, spec.offset, spec.dim,
@@ -110,8 +120,7 @@ def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
 def _forward(x, params, key, active_levels, dtype):
     spec = HashGridSpec.parse(key)
     y = _fake_forward(x, params, key, active_levels, dtype)
-    native.call("hash_grid_forward", x.contiguous(), _table(params, dtype), y, None, x.shape[0],
-                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    _run("forward", (x.contiguous(), _table(params, dtype), y, None), (), dtype, spec, active_levels)
     return y
 
 
@@ -122,8 +131,7 @@ def _fake_forward(x, params, key, active_levels, dtype):
 def _grad_forward(x, params, key, active_levels, dtype):
     spec = HashGridSpec.parse(key)
     y, jacobian = _fake_grad_forward(x, params, key, active_levels, dtype)
-    native.call("hash_grid_forward", x.contiguous(), _table(params, dtype), y, jacobian, x.shape[0],
-                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    _run("forward", (x.contiguous(), _table(params, dtype), y, jacobian), (), dtype, spec, active_levels)
     return y, jacobian
 
 
@@ -168,9 +176,9 @@ def _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, n
         if grad_jacobian is not None:
             largest, bound = torch.cat([grad_y, grad_jacobian.flatten(1)], 1), 1.0 + spec.dim * _steepest(spec)
         fixed = _fixed_point(params, largest, bound)
-    native.call("hash_grid_backward", x.contiguous(), _table(params, dtype), grad_y.contiguous(), grad_jacobian,
-                grad_x if need_x else None, grad_params if need_params else None, *fixed, x.shape[0],
-                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    tensors = (x.contiguous(), _table(params, dtype), grad_y.contiguous(), grad_jacobian, grad_x if need_x else None,
+               grad_params if need_params else None)
+    _run("backward", tensors, fixed, dtype, spec, active_levels)
     return grad_x, grad_params
 
 
@@ -191,9 +199,9 @@ def _second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if need_params and cotangent_x.numel():
         fixed = _fixed_point(params, grad_y, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec))
-    native.call("hash_grid_second", x.contiguous(), _table(params, dtype), grad_y.contiguous(), *cotangents,
-                grad_grad_y, grad_x if need_x else None, grad_params if need_params else None, *fixed, x.shape[0],
-                TABLE_DTYPES.index(dtype), *_layout(spec, active_levels))
+    tensors = (x.contiguous(), _table(params, dtype), grad_y.contiguous(), *cotangents, grad_grad_y,
+               grad_x if need_x else None, grad_params if need_params else None)
+    _run("second", tensors, fixed, dtype, spec, active_levels)
     return outputs
 
 

@@ -112,6 +112,10 @@ class HashGridSpec:
         """Added to x * scale."""
         return 0.0 if self.align_corners else 0.5
 
+    def level_factors(self, level: int) -> tuple[int, ...]:
+        """What one step along each axis adds to (dense) or multiplies into (hashed) the index."""
+        return PRIMES[: self.dim] if self.level_hashed[level] else self.level_strides[level]
+
     @classmethod
     def with_max_resolution(cls, max_resolution: int, **others) -> "HashGridSpec":
         """The spec whose finest level has scale `max_resolution` - 1; the other arguments as for HashGridSpec."""

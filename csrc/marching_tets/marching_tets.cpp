@@ -107,7 +107,7 @@ inline void emit_faces(const MarchingTetsKuhnEmitParams& p, const KuhnSigns& gri
 inline void gather_row(const MarchingTetsKuhnBackwardParams& p, const KuhnSigns& grid, int x, int y, int dx, int dy) {
   const int words = grid.shape.words(), sx = x - dx, sy = y - dy;
   const int32_t* offsets = p.offsets + grid.word_index(sx, sy, 0);
-  float unused[3];
+  float unused[3] = {0.f, 0.f, 0.f};
   const auto add = [&](int64_t id, int64_t low, int64_t high, bool to_high) {
     const int64_t target = to_high ? high : low;
     cross_edge_gradient(p.grad_vertices + 3 * id, p.positions, p.sdf, low, high, to_high,

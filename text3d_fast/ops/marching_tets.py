@@ -42,7 +42,9 @@ def marching_tets(positions: torch.Tensor, sdf: torch.Tensor, grid: TetGrid) -> 
         return reference_marching_tets(positions, sdf, grid.tets)
     if grid.kind == "kuhn":
         return _kuhn(positions, sdf, *grid.resolution)[:2]
-    return _tets(positions, sdf, grid.tets, grid.edges, grid.tet_edges, *grid.incidence)[:2]
+    differentiable = torch.is_grad_enabled() and (positions.requires_grad or sdf.requires_grad)
+    incidence = grid.incidence if differentiable else [grid.edges.new_empty(0)] * 3  # the backward pass alone reads it
+    return _tets(positions, sdf, grid.tets, grid.edges, grid.tet_edges, *incidence)[:2]
 
 
 _NOT_FINITE = "sdf: expected finite values, got NaN or infinity"

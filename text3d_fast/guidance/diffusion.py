@@ -261,6 +261,8 @@ def load_text_encoder(folder: ModelFolder, device: torch.device, dtype: torch.dt
     import transformers
 
     folder.parameters("text_encoder")
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # it would tear the caller's own
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
         encoder, info = getattr(transformers, folder.text_encoder["architectures"][0]).from_pretrained(
@@ -276,6 +278,9 @@ def load_text_encoder(folder: ModelFolder, device: torch.device, dtype: torch.dt
         raise ModelError(
             f"{folder.source}: text encoder or tokenizer cannot be loaded ({brief(error)})"
         ) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
     if missing:
         raise ModelError(

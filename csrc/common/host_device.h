@@ -110,6 +110,17 @@ TEXT3D_HD int32_t atomic_add(int32_t* target, int32_t value) {
 #endif
 }
 
+// *target = min(*target, value), atomically across threads.
+TEXT3D_HD void atomic_min(int64_t* target, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  atomicMin(reinterpret_cast<long long*>(target), (long long)value);
+#else
+  int64_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (value < seen && !__atomic_compare_exchange_n(target, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+#endif
+}
+
 TEXT3D_HD float min_of(float a, float b) { return a < b ? a : b; }
 TEXT3D_HD float max_of(float a, float b) { return a > b ? a : b; }
 TEXT3D_HD float clamp(float x, float low, float high) { return min_of(max_of(x, low), high); }

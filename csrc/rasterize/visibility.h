@@ -76,7 +76,7 @@ struct SnappedTriangle {
   int32_t owned[3];     // 0 if edge k owns the points on it, otherwise 1
   float z, slope1, slope2;
 
-  TEXT3D_HD SnappedTriangle() {}
+  SnappedTriangle() = default;
   TEXT3D_HD SnappedTriangle(const SnappedVertex& a, const SnappedVertex& b, const SnappedVertex& c) {
     const SnappedVertex *v0 = &a, *v1 = &b, *v2 = &c;
     if (less(b, *v0)) v0 = &b, v1 = &c, v2 = &a;

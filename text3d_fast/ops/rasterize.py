@@ -37,7 +37,7 @@ def rasterize(
     Gradients: from u, v and rast_db to x, y, w of pos (of the formulae without the clamps, denominators at least 1e-6);
     z/w and the index pass none. First order only. Reproducible bit for bit on a CPU, and on CUDA under
     torch.use_deterministic_algorithms(True). No host synchronization on CUDA.
-    Scratch: 16 bytes a vertex, and 8 a pixel on CUDA. Kept for the backward pass: rast.
+    Scratch: 16 bytes a vertex, and on CUDA 8 a pixel and 8 a triangle and image. Kept for the backward pass: rast.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices and ranges, on a CPU also for vertex indices out of
     range; on CUDA such triangles are not drawn, or raise if the environment has TEXT3D_CHECK=1.
     """
@@ -134,17 +134,13 @@ def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):
     instanced, vertices = pos.dim() == 3, pos.shape[-2]
     largest = tri.shape[0] if instanced else int(ranges[:, 1].max()) if ranges.numel() else 0
     snapped = pos.new_empty(pos.shape, dtype=torch.int32)
-    capacity = _queue_capacity(rast.shape[0] * largest) if on_gpu else 0
-    queue = pos.new_empty(4 + 3 * capacity, dtype=torch.int32) if on_gpu else None
+    capacity = rast.shape[0] * largest if on_gpu else 0
+    queue = pos.new_empty(4 + 2 * capacity, dtype=torch.int32) if on_gpu else None
     if ranges is not None:
         ranges = ranges.contiguous().to(pos.device, non_blocking=True)
     native.call("rasterize_forward", pos, tri, ranges, previous, snapped, keys if keys.numel() else None, queue, rast,
                 rast_db, rast.shape[0], vertices, tri.shape[0], largest, capacity, height, width, int(instanced))
     return rast, rast_db, keys if want_keys else keys.new_empty(0)
-
-
-def _queue_capacity(triangles: int) -> int:
-    return triangles
 
 
 def _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):

@@ -82,32 +82,29 @@ void resolve_pixels(const Image& image, const int64_t* keys, int32_t row, int32_
     std::memset(rast_db, 0, size_t(count) * 16);
     return;
   }
-  float corners[3][4][L];
+  float corners[3][L][4];
   for (int l = 0; l < L; ++l) {
     const int32_t* vertices = image.tri + 3 * int64_t(ids[l] < 0 ? 0 : ids[l]);
-    for (int k = 0; k < 3; ++k) {
-      const float* p = image.pos + 4 * int64_t(ids[l] < 0 ? 0 : vertices[k]);
-      for (int c = 0; c < 4; ++c) corners[k][c][l] = p[c];
-    }
+    for (int k = 0; k < 3; ++k) std::memcpy(corners[k][l], image.pos + 4 * int64_t(ids[l] < 0 ? 0 : vertices[k]), 16);
   }
   const float fy = pixel_centre(row, float(image.view.height)), width = float(image.view.width);
   const float scale_x = 2.f / width, scale_y = 2.f / float(image.view.height);
-  float out[8][L];
+  float out[2][L][4];
 #pragma omp simd
   for (int l = 0; l < L; ++l) {
-    const Corner c0{corners[0][0][l], corners[0][1][l], corners[0][2][l], corners[0][3][l]};
-    const Corner c1{corners[1][0][l], corners[1][1][l], corners[1][2][l], corners[1][3][l]};
-    const Corner c2{corners[2][0][l], corners[2][1][l], corners[2][2][l], corners[2][3][l]};
+    const Corner c0{corners[0][l][0], corners[0][l][1], corners[0][l][2], corners[0][l][3]};
+    const Corner c1{corners[1][l][0], corners[1][l][1], corners[1][l][2], corners[1][l][3]};
+    const Corner c2{corners[2][l][0], corners[2][l][1], corners[2][l][2], corners[2][l][3]};
     float r[3], db[4];
     resolve(c0, c1, c2, pixel_centre(column + l, width), fy, scale_x, scale_y, r, db);
     const bool covered = ids[l] >= 0;
-    out[0][l] = covered ? r[0] : 0.f, out[1][l] = covered ? r[1] : 0.f, out[2][l] = covered ? r[2] : 0.f;
-    out[3][l] = covered ? encode_triangle_id(ids[l]) : 0.f;
-    out[4][l] = covered ? db[0] : 0.f, out[5][l] = covered ? db[1] : 0.f;
-    out[6][l] = covered ? db[2] : 0.f, out[7][l] = covered ? db[3] : 0.f;
+    out[0][l][0] = covered ? r[0] : 0.f, out[0][l][1] = covered ? r[1] : 0.f;
+    out[0][l][2] = covered ? r[2] : 0.f, out[0][l][3] = covered ? encode_triangle_id(ids[l]) : 0.f;
+    out[1][l][0] = covered ? db[0] : 0.f, out[1][l][1] = covered ? db[1] : 0.f;
+    out[1][l][2] = covered ? db[2] : 0.f, out[1][l][3] = covered ? db[3] : 0.f;
   }
-  for (int l = 0; l < count; ++l)
-    for (int c = 0; c < 4; ++c) rast[4 * l + c] = out[c][l], rast_db[4 * l + c] = out[4 + c][l];
+  std::memcpy(rast, out[0], size_t(count) * 16);
+  std::memcpy(rast_db, out[1], size_t(count) * 16);
 }
 
 void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t chunks, int32_t band, int64_t* scratch,

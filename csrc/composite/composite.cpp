@@ -1,5 +1,5 @@
-// Rays in parallel; along a ray, blocks of 16 samples: exponentials and moments vectorized, only the product of the
-// transmittances is a chain. The backward pass gathers the gradients of the weights on the way out and their suffix sums
+// Rays in parallel; along a ray, blocks of 16 samples: everything vectorized, the products of the
+// transmittances as scans. The backward pass gathers the gradients of the weights on the way out and their suffix sums
 // on the way back, so nothing cancels.
 #include "composite/composite.h"
 #include <stdexcept>
@@ -33,6 +33,45 @@ inline void load(const float* source, int64_t count, float* lanes) {
   }
 }
 
+// Scans over 16 lanes in four steps of a shuffle and an operation, instead of a chain of sixteen. Vectors stay inside the
+// functions, because their calling convention differs between instruction sets.
+using Lanes = float __attribute__((vector_size(sizeof(float) * kLanes)));
+using LaneIndices = int __attribute__((vector_size(sizeof(int) * kLanes)));
+#if defined(__clang__)
+#define TEXT3D_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TEXT3D_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, LaneIndices{__VA_ARGS__})
+#endif
+
+// after[k] = start * x[0] * ... * x[k], before[k] = the same without x[k]
+inline void scan_product(const float* x, float start, float* before, float* after) {
+  Lanes v;
+  std::memcpy(&v, x, sizeof v);
+  const Lanes one = Lanes{} + 1.f;
+  v *= TEXT3D_SHUFFLE(v, one, 16, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14);
+  v *= TEXT3D_SHUFFLE(v, one, 16, 17, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13);
+  v *= TEXT3D_SHUFFLE(v, one, 16, 17, 18, 19, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11);
+  v *= TEXT3D_SHUFFLE(v, one, 16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Lanes shifted = TEXT3D_SHUFFLE(v, one, 16, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14) * start;
+  v *= start;
+  std::memcpy(before, &shifted, sizeof shifted);
+  std::memcpy(after, &v, sizeof v);
+}
+
+// behind[k] = start + x[k + 1] + ... + x[15]; returns start + the sum of all
+inline float scan_sum_from_behind(const float* x, float start, float* behind) {
+  Lanes v;
+  std::memcpy(&v, x, sizeof v);
+  const Lanes zero = {};
+  v += TEXT3D_SHUFFLE(v, zero, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+  v += TEXT3D_SHUFFLE(v, zero, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17);
+  v += TEXT3D_SHUFFLE(v, zero, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19);
+  v += TEXT3D_SHUFFLE(v, zero, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+  const Lanes shifted = TEXT3D_SHUFFLE(v, zero, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16) + start;
+  std::memcpy(behind, &shifted, sizeof shifted);
+  return start + v[0];
+}
+
 template <int kChannels>
 void forward_ray(const CompositeForwardParams& p, int64_t ray) {
   const int channels = kChannels ? kChannels : p.channels;
@@ -47,13 +86,13 @@ void forward_ray(const CompositeForwardParams& p, int64_t ray) {
   for (; i < end && transmittance >= p.early_stop; i += kLanes) {
     const int64_t count = end - i;
     const int n = count < kLanes ? int(count) : kLanes;
-    alignas(64) float sigma[kLanes], starts[kLanes], ends[kLanes], alpha[kLanes], before[kLanes], weight[kLanes];
+    alignas(64) float sigma[kLanes], starts[kLanes], ends[kLanes], alpha[kLanes], pass[kLanes];
+    alignas(64) float before[kLanes], after[kLanes], weight[kLanes];
     load(p.sigma + i, count, sigma), load(p.t_starts + i, count, starts), load(p.t_ends + i, count, ends);
     for (int k = 0; k < kLanes; ++k) alpha[k] = opacity_of(sigma[k] * (ends[k] - starts[k]));
-    for (int k = 0; k < kLanes; ++k) {
-      before[k] = transmittance;
-      transmittance *= 1.f - alpha[k];
-    }
+    for (int k = 0; k < kLanes; ++k) pass[k] = 1.f - alpha[k];
+    scan_product(pass, transmittance, before, after);
+    transmittance = after[kLanes - 1];
     float block = 0.f, block_first = 0.f, block_second = 0.f;
 #pragma omp simd reduction(+ : block, block_first, block_second)
     for (int k = 0; k < kLanes; ++k) {
@@ -81,9 +120,9 @@ void forward_ray(const CompositeForwardParams& p, int64_t ray) {
   p.depth_variance[ray] = seen ? max_of(second / opacity - mean * mean, 0.f) : 0.f;
 }
 
-// after, gradient: room for the samples of the ray
+// room: for twice the samples of the ray, rounded up to blocks: T_{i+1} g_i and w_i g_i
 template <int kChannels>
-void backward_ray(const CompositeBackwardParams& p, int64_t ray, float* after, float* gradient) {
+void backward_ray(const CompositeBackwardParams& p, int64_t ray, float* room) {
   const int channels = kChannels ? kChannels : p.channels;
   const int64_t begin = p.ray_offsets[ray], end = p.ray_offsets[ray + 1];
   const CompositeRayGradient g = ray_gradient(p, ray);
@@ -95,17 +134,14 @@ void backward_ray(const CompositeBackwardParams& p, int64_t ray, float* after, f
   for (; i < end && transmittance >= p.early_stop; i += kLanes) {
     const int64_t count = end - i;
     const int n = count < kLanes ? int(count) : kLanes;
-    alignas(64) float sigma[kLanes], starts[kLanes], ends[kLanes], pass[kLanes], next[kLanes], dot[kLanes] = {};
+    alignas(64) float sigma[kLanes], starts[kLanes], ends[kLanes], pass[kLanes], dot[kLanes] = {};
+    alignas(64) float before[kLanes], next[kLanes], weight[kLanes];
     load(p.sigma + i, count, sigma), load(p.t_starts + i, count, starts), load(p.t_ends + i, count, ends);
     for (int k = 0; k < kLanes; ++k) pass[k] = 1.f - opacity_of(sigma[k] * (ends[k] - starts[k]));
-    // The transmittance after a sample; 0 stands for a sample beyond the stop, whose gradient is 0.
-    for (int k = 0; k < kLanes; ++k) {
-      const bool stopped = transmittance < p.early_stop;
-      transmittance *= pass[k];
-      next[k] = stopped ? 0.f : transmittance;
-    }
+    scan_product(pass, transmittance, before, next);
+    transmittance = next[kLanes - 1];
+    load(p.weights + i, count, weight);
     const float* values = p.values + i * channels;
-    const float* weights = p.weights + i;
     float* grad_values = p.grad_sample_values + i * channels;
     if (!grad_out) {
       std::memset(grad_values, 0, sizeof(float) * n * channels);
@@ -113,22 +149,22 @@ void backward_ray(const CompositeBackwardParams& p, int64_t ray, float* after, f
       for (int k = 0; k < n; ++k)
         for (int c = 0; c < kChannels; ++c) {
           dot[k] += values[k * kChannels + c] * cotangent[c];
-          grad_values[k * kChannels + c] = weights[k] * cotangent[c];
+          grad_values[k * kChannels + c] = weight[k] * cotangent[c];
         }
     } else {
       for (int k = 0; k < n; ++k)
         for (int c = 0; c < channels; ++c) {
           dot[k] += values[int64_t(k) * channels + c] * grad_out[c];
-          grad_values[int64_t(k) * channels + c] = weights[k] * grad_out[c];
+          grad_values[int64_t(k) * channels + c] = weight[k] * grad_out[c];
         }
     }
     if (p.grad_weights)
       for (int k = 0; k < n; ++k) dot[k] += p.grad_weights[i + k];
-    float* after_block = after + (i - begin);
-    float* gradient_block = gradient + (i - begin);
+    float* block = room + 2 * (i - begin);
     for (int k = 0; k < kLanes; ++k) {
-      after_block[k] = next[k];
-      gradient_block[k] = dot[k] + g.of_weight(0.5f * (starts[k] + ends[k]));
+      const float own = dot[k] + g.of_weight(0.5f * (starts[k] + ends[k]));
+      block[k] = before[k] < p.early_stop ? 0.f : next[k] * own;
+      block[kLanes + k] = weight[k] == 0.f ? 0.f : weight[k] * own;
     }
   }
   if (i < end) {
@@ -137,27 +173,31 @@ void backward_ray(const CompositeBackwardParams& p, int64_t ray, float* after, f
     if (p.grad_t_starts) std::memset(p.grad_t_starts + i, 0, sizeof(float) * (end - i));
     if (p.grad_t_ends) std::memset(p.grad_t_ends + i, 0, sizeof(float) * (end - i));
   }
-  const int64_t seen = (i < end ? i : end) - begin;
   float suffix = 0.f;
-  for (int64_t k = seen - 1; k >= 0; --k) {
-    const float own = gradient[k];
-    gradient[k] = after[k] * own - suffix;  // now dL / d(sigma delta)
-    suffix += p.weights[begin + k] * own;
-  }
-  const float* starts = p.t_starts + begin;
-  const float* ends = p.t_ends + begin;
-  for (int64_t k = 0; k < seen; ++k) p.grad_sigma[begin + k] = gradient[k] * (ends[k] - starts[k]);
-  if (!p.grad_t_starts) return;
-  for (int64_t k = 0; k < seen; ++k) {
-    const float middle = 0.5f * g.of_middle(p.weights[begin + k], 0.5f * (starts[k] + ends[k]));
-    const float optical = gradient[k] * p.sigma[begin + k];
-    p.grad_t_starts[begin + k] = middle - optical;
-    p.grad_t_ends[begin + k] = middle + optical;
+  for (i -= kLanes; i >= begin; i -= kLanes) {
+    const int64_t count = end - i;
+    const int n = count < kLanes ? int(count) : kLanes;
+    const float* block = room + 2 * (i - begin);
+    alignas(64) float sigma[kLanes], starts[kLanes], ends[kLanes], weight[kLanes], behind[kLanes], optical[kLanes];
+    load(p.t_starts + i, count, starts), load(p.t_ends + i, count, ends);
+    suffix = scan_sum_from_behind(block + kLanes, suffix, behind);
+    // A sample beyond the stop is followed by nothing that has a weight, so its optical gradient is 0 - 0.
+    for (int k = 0; k < kLanes; ++k) optical[k] = block[k] - behind[k];
+    alignas(64) float out[kLanes];
+    for (int k = 0; k < kLanes; ++k) out[k] = optical[k] * (ends[k] - starts[k]);
+    std::memcpy(p.grad_sigma + i, out, sizeof(float) * n);
+    if (!p.grad_t_starts) continue;
+    load(p.sigma + i, count, sigma), load(p.weights + i, count, weight);
+    for (int k = 0; k < n; ++k) {
+      const float middle = 0.5f * g.of_middle(weight[k], 0.5f * (starts[k] + ends[k]));
+      p.grad_t_starts[i + k] = middle - optical[k] * sigma[k];
+      p.grad_t_ends[i + k] = middle + optical[k] * sigma[k];
+    }
   }
 }
 
 using ForwardRay = void (*)(const CompositeForwardParams&, int64_t);
-using BackwardRay = void (*)(const CompositeBackwardParams&, int64_t, float*, float*);
+using BackwardRay = void (*)(const CompositeBackwardParams&, int64_t, float*);
 
 ForwardRay pick_forward(int channels) {
   switch (channels) {
@@ -203,7 +243,7 @@ void composite_backward(const CompositeBackwardParams& p) {
     }
     longest += kLanes;
     float* room = new float[2 * longest];
-    for (int64_t ray = begin; ray < end; ++ray) run(p, ray, room, room + longest);
+    for (int64_t ray = begin; ray < end; ++ray) run(p, ray, room);
     delete[] room;
   });
   const int64_t used = p.ray_offsets[p.rays];

@@ -99,7 +99,7 @@ class DreamFusion:
         if out is None:
             return self._optimize(config, None, resume, callback)
         folder = RunFolder(out)
-        config = folder.open(config, resume)
+        config = folder.open(config, resume, any_steps=steps is None)
         try:
             return self._optimize(config, folder, resume, callback)
         except BaseException:

@@ -34,13 +34,15 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def open(self, config: DreamFusionConfig, resume: bool) -> DreamFusionConfig:
+    def open(self, config: DreamFusionConfig, resume: bool, any_steps: bool = False) -> DreamFusionConfig:
         """Make the folder, or check the one to resume; returns the configuration of the run.
+
+        any_steps: the number of steps was not asked for, so the saved one holds.
 
         Raises OutputError if the folder holds another run, is missing (resume), or cannot be written.
         """
         if resume:
-            config = self._saved_config(config)
+            config = self._saved_config(config, any_steps)
         else:
             there = [name for name in PRODUCTS if (self / name).exists()]
             if there:
@@ -56,14 +58,14 @@ class RunFolder:
         (self / ".probe").unlink()
         return config
 
-    def _saved_config(self, asked: DreamFusionConfig) -> DreamFusionConfig:
+    def _saved_config(self, asked: DreamFusionConfig, any_steps: bool) -> DreamFusionConfig:
         if not (self / CHECKPOINT).is_file():
             raise CheckpointError(f"nothing to resume: there is no {self / CHECKPOINT}")
         try:
             saved = DreamFusionConfig.load(self / CONFIG)
         except OSError as error:
             raise CheckpointError(f"cannot read {self / CONFIG}: {error.strerror or error}") from error
-        for name in ("prompt", "model", "seed", "steps"):
+        for name in ("prompt", "model", "seed", *(() if any_steps else ("steps",))):
             if getattr(saved, name) != getattr(asked, name):
                 raise CheckpointError(
                     f"{self.path} holds a run with {name} = {getattr(saved, name)!r}, not {getattr(asked, name)!r}; "

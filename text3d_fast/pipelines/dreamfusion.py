@@ -50,8 +50,8 @@ Callback = Callable[[int, StepState], Any]
 class DreamFusion:
     """Text to a mesh by score distillation.
 
-    model     None: the Toybox model that ships with the package, or its analytic prior where no weights ship;
-              "analytic"; or a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model
+    model     None or "analytic": the exact prior of the Toybox world; "toybox": its learned one; or a folder,
+              a .safetensors file or a hub id of a Stable-Diffusion-class model
     device    "auto", "cpu" or "cuda"
     prior     an own `guidance.Prior` instead of a model
     config    all settings; by default those that suit the prior. `settings` replaces some of them, by dotted path:

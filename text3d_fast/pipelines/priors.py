@@ -15,20 +15,20 @@ TOYBOX = "toybox"
 
 def toybox_weights() -> Path | None:
     """The folder of the learned Toybox model that ships with the package, None if it does not."""
-    import text3d_fast.toybox
+    from text3d_fast.toybox.model import WEIGHTS
 
-    folder = Path(text3d_fast.toybox.__file__).parent / "weights"
+    folder = WEIGHTS / "diffusion"
     return folder if (folder / "unet" / "config.json").is_file() else None
 
 
 def load_prior(model: str | None, device: torch.device | str = "cpu") -> tuple[Prior, str]:
     """A prior and the name to save for it.
 
-    model: None for the learned Toybox model, or the analytic Toybox prior where no weights ship; "toybox" or
-    "analytic" for one of them; otherwise a folder, a .safetensors file or a hub id for guidance.DiffusionPrior.
+    model: None or "analytic" for the analytic Toybox prior, which stays the default until the learned one passes its
+    gate (toybox/weights/README.md); "toybox" for the learned one; otherwise a folder, a .safetensors file or a hub id for guidance.DiffusionPrior.
     """
     if model is None:
-        model = TOYBOX if toybox_weights() is not None else ANALYTIC
+        model = ANALYTIC
     if model == ANALYTIC:
         from text3d_fast.toybox.analytic import AnalyticPrior
 

@@ -30,7 +30,7 @@ def doctor(model: str | None) -> int:
     reason = native.reason_against("cuda")
     console.print("CUDA kernels usable" if reason is None else f"no native CUDA kernels: {reason}")
     weights = toybox_weights()
-    console.print(f"Toybox model: {'shipped' if weights else 'not shipped; generate uses the analytic prior'}")
+    console.print(f"Toybox model: {'shipped (--model toybox)' if weights else 'not shipped'}; the default is the analytic prior")
     table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
     for row in backends.table():
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])

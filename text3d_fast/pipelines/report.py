@@ -29,8 +29,8 @@ def doctor(model: str | None) -> int:
         console.print(f"GPU {torch.cuda.get_device_name()}")
     reason = native.reason_against("cuda")
     console.print("CUDA kernels usable" if reason is None else f"no native CUDA kernels: {reason}")
-    weights = toybox_weights()
-    console.print(f"Toybox model: {'shipped (--model toybox)' if weights else 'not shipped'}; the default is the analytic prior")
+    shipped = "shipped (--model toybox)" if toybox_weights() else "not shipped"
+    console.print(f"Toybox model: {shipped}; the default is the analytic prior")
     table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
     for row in backends.table():
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])

@@ -25,7 +25,8 @@ def load_prior(model: str | None, device: torch.device | str = "cpu") -> tuple[P
     """A prior and the name to save for it.
 
     model: None or "analytic" for the analytic Toybox prior, which stays the default until the learned one passes its
-    gate (toybox/weights/README.md); "toybox" for the learned one; otherwise a folder, a .safetensors file or a hub id for guidance.DiffusionPrior.
+    gate (toybox/weights/README.md); "toybox" for the learned one; otherwise a folder, a .safetensors file or a hub id
+    for guidance.DiffusionPrior.
     """
     if model is None:
         model = ANALYTIC

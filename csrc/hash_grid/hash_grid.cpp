@@ -132,7 +132,32 @@ struct Block {
   }
 };
 
-// body(level number, level, points, first point of the chunk, offset of the block in it, valid lanes)
+// Tables beyond the second-level cache are read at random: ask for the entries of a later block while this one computes.
+// (Forward pass, one thread: 72 ms without, 26 ms with it, although cells are computed twice.)
+constexpr int kAhead = 4;                   // blocks
+constexpr int64_t kCached = 256 << 10;      // bytes of a table that need no prefetch
+
+// Always inline: a call without results or side effects is one that GCC drops.
+template <int D, bool Write>
+__attribute__((always_inline)) inline void prefetch(const Points<D>& points, int64_t i, const HashGridLevel& level,
+                                                    const void* table, int entry_bytes) {
+  i += kAhead * kLanes;
+  if (i >= points.count || int64_t(level.count) * entry_bytes <= kCached) return;
+  Floats x[D], keep;
+  points.lanes(i, x, keep);
+  const HashGridCell<Floats, Uints, D> cell(level, x, keep);
+  const char* entries = static_cast<const char*>(table) + int64_t(level.first) * entry_bytes;
+  for (int c = 0; c < 1 << D; ++c) {
+    const Uints index = cell.index(level, c);
+    alignas(64) uint32_t lanes[kLanes];
+    std::memcpy(lanes, &index, sizeof index);
+    for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(entries + int64_t(lanes[lane]) * entry_bytes, Write);
+  }
+}
+
+inline int value_bytes(int dtype) { return dtype == 0 ? 4 : 2; }
+
+// body(points of a chunk, index of the first)
 template <int D, class Params, class Body>
 void by_point(const Params& p, const Body& body) {
   std::atomic<int64_t> bad{-1};
@@ -172,6 +197,7 @@ struct Forward {
           }
           Floats x[D], keep, theta[C][F], sum[F] = {};
           points.lanes(i, x, keep);
+          prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
           const Block<D> block(level, x, keep);
           gather_corners<C, F>(p.table, p.dtype, level, block.index, theta);
           for (int c = 0; c < C; ++c) {
@@ -225,6 +251,7 @@ struct BackwardX {
           const int64_t row = ((begin + i) * levels + l) * F;
           Floats x[D], keep, theta[C][F], grad_y[F], sum[D] = {};
           points.lanes(i, x, keep);
+          prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
           const Block<D> block(level, x, keep);
           gather_corners<C, F>(p.table, p.dtype, level, block.index, theta);
           load_rows<F>(p.grad_y + row, levels, valid, grad_y);
@@ -275,6 +302,8 @@ struct SecondPoints {
           }
           Floats x[D], keep, unused, toward[D], theta[C][F], grad_y[F], grad_grad_y[F] = {}, sum[D] = {};
           points.lanes(i, x, keep);
+          if (p.cotangent_x) prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
+          if (p.cotangent_params) prefetch<D, false>(points, i, level, p.cotangent_params, F * 4);
           const Block<D> block(level, x, keep);
           load_rows<F>(p.grad_y + row, levels, valid, grad_y);
           if (p.cotangent_x) {
@@ -379,8 +408,8 @@ struct Scatter {
         if (l >= active || count <= 0) return;
         const float* rows_of_level = rows.get() + l * batch * F;
         const float* jacobian = grad_jacobian ? grad_jacobian + (begin * levels + l) * F * D : nullptr;
-        if (slices == 1) level_pass<false>(level, at, along, toward, rows_of_level, jacobian, levels, table, 0, 0);
-        else level_pass<true>(level, at, along, toward, rows_of_level, jacobian, levels, table, low, high);
+        if (slices == 1) level_pass<false>(level, at, along, toward, rows_of_level, jacobian, levels, grad_params, 0, 0);
+        else level_pass<true>(level, at, along, toward, rows_of_level, jacobian, levels, grad_params, low, high);
       });
     }
     if (!active) std::memset(grad_params, 0, size_t(layout.offsets[levels]) * F * sizeof(float));
@@ -388,12 +417,14 @@ struct Scatter {
 
   template <bool Sliced>
   static void level_pass(const HashGridLevel& level, const Points<D>& at, const Points<D>& along, bool toward,
-                         const float* rows, const float* jacobian, int levels, float* table, uint32_t low,
+                         const float* rows, const float* jacobian, int levels, float* grad_params, uint32_t low,
                          uint32_t high) {
+    float* table = grad_params + int64_t(level.first) * F;
     for (int64_t i = 0; i < at.count; i += kLanes) {
       const int valid = valid_lanes(at.count, i);
       Floats x[D], keep, direction[D], weight[C];
       at.lanes(i, x, keep);
+      if (!Sliced) prefetch<D, true>(at, i, level, grad_params, F * 4);
       const Block<D> block(level, x, keep);
       if (toward) {
         Floats unused;

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from text3d_fast import ops
+from text3d_fast.reference.rasterize import decode_triangle_ids, encode_triangle_ids
 
 from .cameras import Cameras
 from .lights import Lights
@@ -128,9 +129,10 @@ def _normals(mesh: TexturedMesh) -> Tensor:
 
 def _only(rast: Tensor, first: int, count: int) -> Tensor:
     """rast with the triangles first .. first + count - 1 renumbered from 1, and everything else background."""
-    ids = rast[..., 3:] - first
-    inside = (ids > 0) & (ids <= count)
-    return torch.where(inside, torch.cat([rast[..., :3], ids], -1), torch.zeros_like(rast)).contiguous()
+    ids = decode_triangle_ids(rast[..., 3]) - first
+    inside = ((ids >= 0) & (ids < count))[..., None]
+    only = torch.cat([rast[..., :3], encode_triangle_ids(ids)[..., None]], -1)
+    return torch.where(inside, only, torch.zeros_like(rast)).contiguous()
 
 
 def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """The learned Toybox prior: its folder, its tokenizer, its trainer and sampler (small networks, seconds each)."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from text3d_fast.guidance.prior import Conditions
-from text3d_fast.toybox.captions import words
+from text3d_fast.toybox.captions import view_word, words
 from text3d_fast.toybox.dataset import RenderedImages, render_dataset
-from text3d_fast.toybox.model import ToyboxModel, to_images, to_latent
+from text3d_fast.toybox.model import WEIGHTS, ToyboxModel, to_images, to_latent
+from text3d_fast.toybox.objects import CLASSES, COLORS
 from text3d_fast.toybox.sampler import sample, step_sequence
+from text3d_fast.toybox.scenes import VIEWS, Description, Thing
+from text3d_fast.toybox.scorer import Scorer, gate_cases, judge, labels, train_scorer
 from text3d_fast.toybox.tokens import MAX_TOKENS, build_tokenizer
 from text3d_fast.toybox.train import Trainer, TrainSettings, denoising_loss, train, training_batch
 
@@ -195,3 +199,52 @@ def test_guidance_weight_formula(model):
     expected = to_images((with_text * 3 - without * 2).clamp(-1, 1))
     got = sample(model, given, 2.0, steps=1, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_scorer_judges_by_what_can_be_told_apart():
+    scorer = Scorer()
+
+    def answers(kind, color, view):
+        logits = [torch.zeros(1, n) for n in (len(CLASSES), len(COLORS), len(VIEWS))]
+        for logit, number in zip(logits, (kind, color, view), strict=True):
+            logit[0, number] = 1
+        scorer.forward = lambda images: logits
+        return {name: bool(value) for name, value in judge(scorer, torch.zeros(1, 64, 64, 3), truth).items()}
+
+    mug, cone = list(CLASSES).index("mug"), list(CLASSES).index("cone")
+    truth = labels([Description(Thing("mug", "red"))], [[0.2, math.radians(100), 2.7]])
+    assert truth.tolist() == [[mug, 0, VIEWS.index("left side")]]
+    assert answers(mug, 0, VIEWS.index("left side"))["all"]
+    assert answers(mug, 1, VIEWS.index("back")) == {"class": True, "color": False, "view": False, "all": False}
+    truth = labels([Description(Thing("cone", "red"))], [[0.2, math.radians(100), 2.7]])
+    assert answers(cone, 0, VIEWS.index("back"))["view"]  # a cone looks the same from every side
+    assert not answers(cone, 0, VIEWS.index("overhead"))["view"]
+
+
+def test_scorer_learns_saves_and_refuses(data, tmp_path):
+    scorer = train_scorer(RenderedImages(data), steps=3, batch=4)
+    scorer.save(tmp_path / "scorer.safetensors")
+    loaded = Scorer.load(tmp_path / "scorer.safetensors")
+    with torch.no_grad():
+        for ours, theirs in zip(scorer(torch.ones(1, 64, 64, 3)), loaded(torch.ones(1, 64, 64, 3)), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=1e-2)
+    (tmp_path / "scorer.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no scorer weights"):
+        Scorer.load(tmp_path / "scorer.safetensors")
+
+
+def test_gate_cases_ask_for_every_view():
+    descriptions, cameras, backgrounds = gate_cases(20)
+    assert [d.view for d in descriptions] == [view_word(float(c[0]), float(c[1])) for c in cameras]
+    assert cameras.shape == backgrounds.shape == (20, 3)
+
+
+@pytest.mark.skipif(not (WEIGHTS / "model_index.json").is_file(), reason="this copy ships no weights")
+def test_shipped_weights():
+    sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) < 25e6 and sizes[WEIGHTS / "scorer.safetensors"] < 2e6
+    shipped = ToyboxModel.load()
+    images = sample(shipped, conditions(1), steps=2, generator=torch.Generator().manual_seed(0))
+    assert images.shape == (1, 64, 64, 3) and bool(images.isfinite().all())
+    assert (WEIGHTS / "README.md").is_file() and shipped.settings.licence == "CC0-1.0"
+    Scorer.load()

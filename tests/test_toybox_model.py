@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from text3d_fast.guidance.prior import Conditions
+from text3d_fast.pipelines.priors import toybox_weights
 from text3d_fast.toybox.captions import view_word, words
 from text3d_fast.toybox.dataset import RenderedImages, render_dataset
 from text3d_fast.toybox.model import WEIGHTS, ToyboxModel, to_images, to_latent
@@ -248,3 +249,4 @@ def test_shipped_weights():
     assert images.shape == (1, 64, 64, 3) and bool(images.isfinite().all())
     assert (WEIGHTS / "README.md").is_file() and shipped.settings.licence == "CC0-1.0"
     Scorer.load()
+    assert toybox_weights() == WEIGHTS  # where `--model toybox` looks

@@ -17,8 +17,7 @@ def toybox_weights() -> Path | None:
     """The folder of the learned Toybox model that ships with the package, None if it does not."""
     from text3d_fast.toybox.model import WEIGHTS
 
-    folder = WEIGHTS / "diffusion"
-    return folder if (folder / "unet" / "config.json").is_file() else None
+    return WEIGHTS if (WEIGHTS / "unet" / "config.json").is_file() else None
 
 
 def load_prior(model: str | None, device: torch.device | str = "cpu") -> tuple[Prior, str]:

@@ -111,8 +111,8 @@ struct SmallTriangles {
       area[l] = turned ? int32_t(0u - doubled) : int32_t(doubled);
       const int32_t dx0 = x2 - x1, dy0 = y2 - y1, dx1 = x0 - x2, dy1 = y0 - y2, dx2 = x1 - x0, dy2 = y1 - y0;
       owned[0][l] = bias(dx0, dy0), owned[1][l] = bias(dx1, dy1), owned[2][l] = bias(dx2, dy2);
-      edge1[l] = product(dx1, oy - y2) - product(dy1, ox - x2);
-      edge2[l] = product(dx2, oy - y0) - product(dy2, ox - x0);
+      edge1[l] = difference(product(dx1, oy - y2), product(dy1, ox - x2));
+      edge2[l] = difference(product(dx2, oy - y0), product(dy2, ox - x0));
       right1[l] = product(-dy1, kSubpixels), right2[l] = product(-dy2, kSubpixels);
       up1[l] = product(dx1, kSubpixels), up2[l] = product(dx2, kSubpixels);
       const float inverse = 1.f / float(area[l]);
@@ -121,6 +121,7 @@ struct SmallTriangles {
   }
   // Lanes that are not small overflow; they are not drawn, but it must be defined.
   static int32_t product(int32_t a, int32_t b) { return int32_t(uint32_t(a) * uint32_t(b)); }
+  static int32_t difference(int32_t a, int32_t b) { return int32_t(uint32_t(a) - uint32_t(b)); }
   static int32_t bias(int32_t dx, int32_t dy) { return (dy < 0) | ((dy == 0) & (dx > 0)) ? 0 : 1; }
   template <class T>
   static void rotate(bool second, bool third, T& a, T& b, T& c) {

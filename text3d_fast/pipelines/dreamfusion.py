@@ -157,7 +157,8 @@ class DreamFusion:
             cameras.condition if config.guidance.camera and "camera" in known else None,
             color if config.guidance.background and "background" in known and training.background is None else None,
         )
-        distilled = distill(rendering.color, conditions, progress, self._noise_generator(training))
+        # The noise too is drawn on the CPU: 64^2 x 3 numbers cost nothing, and a seed means the same everywhere.
+        distilled = distill(rendering.color, conditions, progress, generator)
         loss = distilled.loss + self._penalties(training, rendering)
 
         # 4. a step of Adam
@@ -199,10 +200,6 @@ class DreamFusion:
             TimeRange(*chosen.time, *final, kind=kind, end=chosen.time_end),
             jacobian=chosen.jacobian, clip=chosen.clip, negative_prompt=chosen.negative_prompt,
         )
-
-    def _noise_generator(self, training: Training) -> torch.Generator:
-        """Noise is drawn on the CPU too: 64^2 x 3 numbers cost nothing, and a seed means the same everywhere."""
-        return training.generator
 
 
 def choose_device(device: str) -> torch.device:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from text3d_fast import ops
 from text3d_fast.export import Mesh
+from text3d_fast.export.files import to_bytes
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import headlights
 from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes
@@ -92,11 +92,6 @@ def views(mesh: Mesh, config: DreamFusionConfig, size: int = 256) -> Tensor:
 def turntable(mesh: Mesh, config: DreamFusionConfig, frames: int = TURNTABLE_FRAMES, size: int = 256) -> Tensor:
     """[frames, size, size, 3] once around."""
     return mesh_views(mesh, config, [360.0 * k / frames for k in range(frames)], size=size)
-
-
-def to_bytes(picture: Tensor) -> np.ndarray:
-    """0..1 floats to uint8."""
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def write_png(path: str | Path, picture: Tensor) -> None:

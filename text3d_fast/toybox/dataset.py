@@ -24,7 +24,7 @@ from .scenes import Description, build_scene, random_description, sample_paramet
 
 FORMAT = 1
 SHARD = 512
-VIEWS_PER_SCENE = 4
+VIEWS_PER_SCENE = 16  # traced together, which takes a third of the time of 4 at a time
 
 
 def sample_cameras(
@@ -158,7 +158,8 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
 class RenderedImages:
     """A rendered dataset: `images(rows)` uint8 [n, H, W, 4], `records[row]`, and the truths as arrays.
 
-    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance.
+    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance; `front` and `not_front` are
+    the rows seen from the front, and the others.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -171,6 +172,8 @@ class RenderedImages:
         self.descriptions = [Description.from_dict(record["description"]) for record in self.records]
         keys = ("elevation", "azimuth", "distance")
         self.camera = np.array([[record[key] for key in keys] for record in self.records], dtype=np.float32)
+        ahead = np.array([view_word(float(c[0]), float(c[1])) == "front" for c in self.camera])
+        self.front, self.not_front = ahead.nonzero()[0], (~ahead).nonzero()[0]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -52,7 +52,7 @@ class Scorer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers, last = [], 12
-        for width, stride in ((48, 2), (64, 1), (96, 2), (128, 1), (128, 2)):
+        for width, stride in ((32, 1), (64, 2), (64, 1), (96, 2), (128, 1), (128, 2)):
             layers += [nn.Conv2d(last, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()]
             last = width
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(last * 16, 160), nn.SiLU())

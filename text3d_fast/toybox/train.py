@@ -25,6 +25,7 @@ from ..guidance.prior import Conditions
 from .captions import training_caption
 from .dataset import RenderedImages
 from .model import ToyboxModel, to_latent
+from .muon import Muon
 from .render import over
 from .sampler import sample, save_sheet, sheet_conditions
 
@@ -45,6 +46,7 @@ class TrainSettings:
     drop_background: float = 0.15
     largest_weight: float = 8.0
     noise_exponent: float = 0.6  # noise levels are drawn as u^exponent: below 1, noisier ones more often
+    front: float = 0.7  # share of front views among images whose camera is dropped; the others follow the data
     seed: int = 0
 
 
@@ -61,11 +63,17 @@ def training_batch(
     """Images [B, H, W, 3] and conditions of one step, and the generator to draw its noise from."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     count = settings.batch
+    no_text, no_camera, no_background, luck = torch.rand(4, count, generator=generator)
     rows = torch.randint(len(data), (count,), generator=generator).numpy()
+    # given the camera, how often it occurs does not matter; without it, this share is what makes Janus faces likely
+    places = torch.rand(count, generator=generator)
+    for k in (no_camera < settings.drop_camera).nonzero()[:, 0]:
+        some = data.front if luck[k] < settings.front else data.not_front
+        if len(some):
+            rows[k] = some[int(places[k] * len(some))]
     camera = torch.from_numpy(data.camera[rows])
     background = random_backgrounds(count, generator)
     images = over(torch.from_numpy(data.images(rows)).float() / 255, background[:, None, None])
-    no_text, no_camera, no_background = torch.rand(3, count, generator=generator)
     texts = [
         "" if no_text[k] < settings.drop_text
         else training_caption(data.descriptions[row], float(camera[k, 0]), float(camera[k, 1]), generator)
@@ -115,6 +123,25 @@ def _plain_attention(model: ToyboxModel) -> None:
     model.unet.set_attn_processor(AttnProcessor())
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 saves time there. A CPU without the instructions emulates it, ten times slower than fp32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _optimizers(model: ToyboxModel, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of layers, AdamW for biases, norms, embeddings and the layers next to the image."""
+    ends = {*model.unet.conv_in.parameters(), *model.unet.conv_out.parameters()}
+    ends |= {p for m in model.text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    layers = [p for p in model.parameters() if p.dim() >= 2 and p not in ends]
+    chosen = set(layers)
+    others = [p for p in model.parameters() if p not in chosen]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return [
+        Muon(layers, rate, weight_decay=decay),
+        torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True),
+    ]
+
+
 class Trainer:
     """One training run in a folder. `step()` does one step; `save()` and `Trainer.resume` are exact."""
 
@@ -127,29 +154,29 @@ class Trainer:
         self.model.text_encoder.train()
         if self.device.type == "cpu":
             _plain_attention(self.model)
-        self.autocast = torch.bfloat16 if autocast else None
+        self.autocast = torch.bfloat16 if autocast and fast_bfloat16(self.device) else None
         self.average = [p.detach().clone() for p in self.model.parameters()]
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.learning_rate, betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay, fused=fused,
-        )
+        self.optimizers = _optimizers(self.model, settings)
         self.steps_done, self.seconds = 0, 0.0
 
     def step(self, data: RenderedImages, progress: float) -> float:
         """One optimizer step; `progress` in 0..1 is the share of the run behind (cosine decay). Returns the loss."""
         s = self.settings
         warm = min(1.0, (self.steps_done + 1) / s.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        rate = s.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         images, conditions, generator = training_batch(data, s, self.steps_done)
         loss, _ = denoising_loss(
             self.model, images, conditions, generator, s.largest_weight, self.autocast, s.noise_exponent
         )
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.model.parameters():
+            parameter.grad = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         decay = min(s.average, (1 + self.steps_done) / (10 + self.steps_done))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.model.parameters(), 1 - decay)
@@ -168,14 +195,14 @@ class Trainer:
         path = Path(folder) / CHECKPOINT
         part = path.with_suffix(".part")
         content = {
-            "format": 1,
+            "format": 2,
             "settings": asdict(self.settings),
             "channels": list(self.model.unet.config.block_out_channels),
             "steps_done": self.steps_done,
             "seconds": self.seconds,
             "weights": [p.detach() for p in self.model.parameters()],
             "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         torch.save(content, part)
         os.replace(part, path)
@@ -191,8 +218,8 @@ class Trainer:
             raise FileNotFoundError(f"folder: {folder} holds no {CHECKPOINT}; start without --resume")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format"] != 1:
-                raise ValueError(f"format {content['format']}, expected 1")
+            if content["format"] != 2:
+                raise ValueError(f"format {content['format']}, expected 2")
             settings = TrainSettings(**content["settings"])
             model = ToyboxModel.build(settings.seed, tuple(content["channels"]))
             trainer = cls(settings, model, device, autocast)
@@ -201,7 +228,8 @@ class Trainer:
                     ours.copy_(theirs)
                 for ours, theirs in zip(trainer.average, content["average"], strict=True):
                     ours.copy_(theirs)
-            trainer.optimizer.load_state_dict(content["optimizer"])
+            for optimizer, state in zip(trainer.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         except Exception as error:  # torch.load raises many kinds for a truncated or foreign file
             raise ValueError(f"folder: {path} is damaged or not a Toybox checkpoint: {error}") from error
         trainer.steps_done, trainer.seconds = content["steps_done"], content["seconds"]
@@ -218,9 +246,11 @@ def _write_sheet(trainer: Trainer, path: Path) -> None:
 def train(
     data: str | Path, out: str | Path, steps: int = 20_000, minutes: float | None = None, resume: bool = False,
     device: str = "auto", settings: TrainSettings | None = None, checkpoint_minutes: float = 4.0,
-    sheet_every: int = 500, report: Callable[[dict], None] | None = None,
+    sheet_every: int = 500, report: Callable[[dict], None] | None = None, start: str | Path | None = None,
 ) -> Trainer:
     """Trains until `steps` steps are done or `minutes` minutes are spent (earlier parts of a resumed run included).
+
+    start: a model folder to begin with, instead of random weights.
 
     The learning rate falls along a cosine that ends with whichever comes first. A sample sheet is written every
     `sheet_every` steps and at the end (0: never). `report` receives a dict (step, loss,
@@ -236,7 +266,7 @@ def train(
     elif (folder / CHECKPOINT).exists():
         raise ValueError(f"out: {folder} holds a run already; go on with --resume or choose another folder")
     else:
-        trainer = Trainer(settings or TrainSettings(), device=device)
+        trainer = Trainer(settings or TrainSettings(), None if start is None else ToyboxModel.load(start), device)
     images = RenderedImages(data)
     limit = math.inf if minutes is None else 60 * minutes
     before, started, saved, losses = trainer.seconds, time.monotonic(), time.monotonic(), []
@@ -284,6 +314,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000, help="length of the run")
     parser.add_argument("--minutes", type=float, help="end after this time at the latest (resumed parts included)")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--start", help="a model folder whose weights to begin with")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--sheet-every", type=int, default=500, help="steps between sample sheets")
     defaults = TrainSettings()
@@ -300,7 +331,7 @@ def main() -> None:
 
     train(
         given.data, given.out, given.steps, given.minutes, given.resume, given.device, settings,
-        sheet_every=given.sheet_every, report=report,
+        sheet_every=given.sheet_every, report=report, start=given.start,
     )
     print()
 

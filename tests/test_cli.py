@@ -101,12 +101,14 @@ def test_default_folders(tmp_path):
     assert folder(False) == tmp_path / "a-red-mug-2" and folder(True) == tmp_path / "a-red-mug"
 
 
-def test_doctor_shows_every_op(capsys):
+def test_doctor_shows_every_op(capsys, monkeypatch):
     from text3d_fast import backends
 
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "torch" in shown and "composite" in shown and len(backends.table()) >= 6
+    assert "GPU none" in shown and {row["device"] for row in backends.table()} == {"cpu"}
     assert cli.main(["doctor", "--model", "no/such/folder/anywhere"]) == cli.USER_ERROR
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from text3d_fast import export
+from text3d_fast.cli import Evaluate, main
 from text3d_fast.pipelines.results import EmptyMesh
 from text3d_fast.toybox import evaluate, metrics
 from text3d_fast.toybox.bank import one_thread
@@ -75,8 +76,21 @@ def test_mistakes_show_before_the_first_run(tmp_path):
         evaluate.run(tmp_path, methods=[EXACT], prompts=["a red mug", "a red mgu"], make=maker, quiet=True)
     assert maker.calls == 0
     (tmp_path / "file").write_text("")
-    options = SimpleNamespace(out=tmp_path / "file", model="analytic", quick=True, device="cpu", seed=0)
-    assert evaluate.main(options) == 2
+    assert evaluate.main(Evaluate(quick=True, out=tmp_path / "file")) == 2
+
+
+def test_the_command_chooses_methods_prompts_and_seeds(small, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def make(method, prompt, seed, steps, folder, tick):
+        asked.append((method.name, prompt, seed, steps))
+        raise EmptyMesh("the mesh is empty")
+
+    monkeypatch.setattr(evaluate, "dreamfusion", lambda device: make)
+    options = ["--model", "analytic", "--camera-only", "--prompts", "a red mug", "--seeds", "3", "5", "--steps", "7"]
+    assert main(["evaluate", *options, "--out", str(tmp_path)]) == 0
+    assert asked == [(evaluate.REFERENCE, "a red mug", seed, 7) for seed in (3, 5)]
+    assert "evaluation.json" in capsys.readouterr().out
 
 
 def test_the_pipeline_goes_on_from_a_checkpoint_and_from_nothing_else(tmp_path, monkeypatch):

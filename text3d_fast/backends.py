@@ -96,10 +96,10 @@ def choose(op: str, device: torch.device) -> str:
 
 
 def table() -> list[dict[str, str]]:
-    """For each op and device type: which backend serves it here, and why the others do not."""
+    """For each op and type of device that is here: which backend serves it, and why the others do not."""
     rows = []
     for op in sorted(_has_triton_twin):
-        for device_type in ("cpu", "cuda"):
+        for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             reasons = {name: reason_against(name, op, device_type) for name in BACKENDS}
             served = next(name for name in BACKENDS if reasons[name] is None)
             rows.append({"op": op, "device": device_type, "served by": served,

@@ -25,10 +25,9 @@ def doctor(model: str | None) -> int:
     found = "  ".join(f"{name} {version}" for name, version in versions().items())
     console.print(found, highlight=False)
     console.print(f"CPU {platform.machine()}, {os.cpu_count()} cores, native code for {native.cpu_isa() or 'none'}")
-    if torch.cuda.is_available():
-        console.print(f"GPU {torch.cuda.get_device_name()}")
+    console.print(f"GPU {gpu()}")
     reason = native.reason_against("cuda")
-    console.print("CUDA kernels usable" if reason is None else f"no native CUDA kernels: {reason}")
+    console.print("native CUDA kernels: built" if reason is None else f"native CUDA kernels: none, as {reason}")
     shipped = "shipped (--model toybox)" if toybox_weights() else "not shipped"
     console.print(f"Toybox model: {shipped}; the default is the analytic prior")
     table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
@@ -36,6 +35,14 @@ def doctor(model: str | None) -> int:
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])
     console.print(table)
     return 0 if model is None else describe(model, console)
+
+
+def gpu() -> str:
+    """The CUDA device's name, or why there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cause = "this torch is built for CPUs" if torch.version.cuda is None else "torch sees no CUDA device"
+    return f"none: {cause}; everything runs on the CPU"
 
 
 def describe(model: str, console: Console) -> int:

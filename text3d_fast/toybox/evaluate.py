@@ -102,9 +102,9 @@ def dreamfusion(device: str = "auto") -> Make:
 def run(
     out: str | Path = "runs/evaluation",
     model: str | None = None,
-    methods: Sequence[Method] | None = None,
-    prompts: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    methods: Sequence[Method] = (),
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     steps: int | None = None,
     quick: bool = False,
     device: str = "auto",
@@ -113,12 +113,13 @@ def run(
 ) -> dict[str, Any]:
     """Evaluates and returns what evaluation.json holds: "summary" by method, "baselines", and every "run".
 
-    quick: four prompts, one seed, 300 steps. Otherwise `prompts` (default: 21), `seeds` (0, 1, 2), the model's steps.
+    Defaults: `default_methods(model)`, 21 prompts, seeds 0, 1, 2 and the model's steps; with `quick` four prompts, one
+    seed, 300 steps.
     """
     folder = Path(out)
     methods = list(methods or default_methods(model, quick))
     prompts = list(prompts or (QUICK_PROMPTS if quick else PROMPTS))
-    seeds = list(seeds if seeds is not None else ((0,) if quick else (0, 1, 2)))
+    seeds = list(seeds or ((0,) if quick else (0, 1, 2)))
     steps = steps or (QUICK_STEPS if quick else None)
     make = make or dreamfusion(device)
     for prompt in prompts:
@@ -359,14 +360,17 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def main(options: Any) -> int:
-    """The command: options has quick, model, out, device and seed. Returns the exit status."""
+    """The command: options are those of cli.Evaluate. Returns the exit status."""
     from rich.console import Console
 
     from ..pipelines.checkpoint import OutputError
 
-    seeds = [options.seed] if options.quick else [options.seed + k for k in range(3)]
+    methods = default_methods(options.model, options.quick)
+    if options.camera_only:
+        methods = [method for method in methods if method.camera]
     try:
-        result = run(options.out, options.model, seeds=seeds, quick=options.quick, device=options.device)
+        result = run(options.out, methods=methods, prompts=options.prompts, seeds=options.seeds, steps=options.steps,
+                     quick=options.quick, device=options.device)
     except KeyboardInterrupt:
         print(f"Stopped; the same command goes on with what is in {options.out}.", file=sys.stderr)
         return 130

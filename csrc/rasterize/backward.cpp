@@ -1,4 +1,4 @@
-#include "common/triangle_sums.h"
+#include "common/corner_sums.h"
 #include "rasterize/rasterize.h"
 
 namespace text3d {
@@ -14,7 +14,7 @@ struct PixelBatch {
   float grad[2][kGradientLanes], grad_db[4][kGradientLanes];
 
   template <class Add>
-  void flush(float scale_x, float scale_y, const Add& add) {
+  void flush(float scale_x, float scale_y, Add& add) {
     float out[9][kGradientLanes];
 #pragma omp simd
     for (int l = 0; l < kGradientLanes; ++l) {
@@ -42,30 +42,29 @@ struct PixelBatch {
 void rasterize_backward(const RasterizeBackwardParams& p) {
   const int64_t pixels = int64_t(p.height) * p.width;
   const float width = float(p.width), height = float(p.height), scale_x = 2.f / width, scale_y = 2.f / height;
-  for (int64_t b = 0; b < p.batch && pixels > 0; ++b) {
-    const int64_t own = p.instanced ? b * p.vertices : 0;
-    const float* pos = p.pos + 4 * own;
-    add_to_corners(pixels, p.tri, p.vertices, 4, p.grad_pos + 4 * own, [&](int64_t begin, int64_t end, const auto& add) {
-      PixelBatch batch{};
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = 4 * (b * pixels + i);
-        const int32_t id = decode_triangle_id(p.rast[at + 3]);
-        if (id < 0 || id >= p.triangles) continue;
-        const float* g = p.grad_rast + at;
-        const float* db = p.grad_db ? p.grad_db + at : nullptr;
-        if (g[0] == 0.f && g[1] == 0.f && (!db || (db[0] == 0.f && db[1] == 0.f && db[2] == 0.f && db[3] == 0.f))) continue;
-        const int l = batch.count++;
-        batch.ids[l] = id;
-        batch.fx[l] = pixel_centre(int32_t(i % p.width), width), batch.fy[l] = pixel_centre(int32_t(i / p.width), height);
-        batch.grad[0][l] = g[0], batch.grad[1][l] = g[1];
-        for (int c = 0; c < 4; ++c) batch.grad_db[c][l] = db ? db[c] : 0.f;
-        for (int k = 0; k < 3; ++k)
-          for (int c = 0; c < 4; ++c) batch.corners[k][c][l] = pos[4 * int64_t(p.tri[3 * int64_t(id) + k]) + c];
-        if (batch.count == kGradientLanes) batch.flush(scale_x, scale_y, add);
-      }
-      if (batch.count) batch.flush(scale_x, scale_y, add);
-    });
-  }
+  const int64_t stride = p.instanced ? 4 * p.vertices : 0;
+  add_to_corners<4>(p.batch, pixels, p.tri, p.vertices, 4, p.grad_pos, stride,
+                    [&](int64_t image, int64_t begin, int64_t end, auto& add) {
+    const float* pos = p.pos + image * stride;
+    PixelBatch batch{};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = 4 * (image * pixels + i);
+      const int32_t id = decode_triangle_id(p.rast[at + 3]);
+      if (id < 0 || id >= p.triangles) continue;
+      const float* g = p.grad_rast + at;
+      const float* db = p.grad_db ? p.grad_db + at : nullptr;
+      if (g[0] == 0.f && g[1] == 0.f && (!db || (db[0] == 0.f && db[1] == 0.f && db[2] == 0.f && db[3] == 0.f))) continue;
+      const int l = batch.count++;
+      batch.ids[l] = id;
+      batch.fx[l] = pixel_centre(int32_t(i % p.width), width), batch.fy[l] = pixel_centre(int32_t(i / p.width), height);
+      batch.grad[0][l] = g[0], batch.grad[1][l] = g[1];
+      for (int c = 0; c < 4; ++c) batch.grad_db[c][l] = db ? db[c] : 0.f;
+      for (int k = 0; k < 3; ++k)
+        for (int c = 0; c < 4; ++c) batch.corners[k][c][l] = pos[4 * int64_t(p.tri[3 * int64_t(id) + k]) + c];
+      if (batch.count == kGradientLanes) batch.flush(scale_x, scale_y, add);
+    }
+    if (batch.count) batch.flush(scale_x, scale_y, add);
+  });
 }
 
 }  // namespace TEXT3D_ISA

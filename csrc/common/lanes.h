@@ -6,7 +6,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "common/host_device.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -38,6 +38,7 @@ inline void store_lanes(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeo
 inline Floats min_of(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max_of(Floats a, Floats b) { return a > b ? a : b; }
 inline Uints min_of(Uints a, Uints b) { return a < b ? a : b; }
+inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
 inline bool any(Ints mask) {
 #if defined(__AVX512F__)
@@ -49,6 +50,45 @@ inline bool any(Ints mask) {
   for (int lane = 0; lane < kLanes; ++lane) seen |= mask[lane];
   return seen != 0;
 #endif
+}
+
+// Four vectors of lanes a, b, c, d as rows (a, b, c, d) and back: within each four lanes, a 4 x 4 transposition.
+inline void transpose4(Floats& a, Floats& b, Floats& c, Floats& d) {
+#if defined(__AVX512F__)
+  const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  a = (Floats)_mm512_shuffle_ps(ab0, cd0, 0x44), b = (Floats)_mm512_shuffle_ps(ab0, cd0, 0xee);
+  c = (Floats)_mm512_shuffle_ps(ab1, cd1, 0x44), d = (Floats)_mm512_shuffle_ps(ab1, cd1, 0xee);
+#elif defined(__AVX2__)
+  const __m256 ab0 = _mm256_unpacklo_ps((__m256)a, (__m256)b), ab1 = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 cd0 = _mm256_unpacklo_ps((__m256)c, (__m256)d), cd1 = _mm256_unpackhi_ps((__m256)c, (__m256)d);
+  a = (Floats)_mm256_shuffle_ps(ab0, cd0, 0x44), b = (Floats)_mm256_shuffle_ps(ab0, cd0, 0xee);
+  c = (Floats)_mm256_shuffle_ps(ab1, cd1, 0x44), d = (Floats)_mm256_shuffle_ps(ab1, cd1, 0xee);
+#elif defined(__SSE2__)
+  __m128 rows[4] = {(__m128)a, (__m128)b, (__m128)c, (__m128)d};
+  _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+  a = (Floats)rows[0], b = (Floats)rows[1], c = (Floats)rows[2], d = (Floats)rows[3];
+#else
+  const Floats from[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) a[i] = from[i][0], b[i] = from[i][1], c[i] = from[i][2], d[i] = from[i][3];
+#endif
+}
+
+// Four floats from each lane's address, and to it.
+inline void load_rows(const float* const from[kLanes], Floats& x, Floats& y, Floats& z, Floats& w) {
+  Floats parts[4];
+  for (int part = 0; part < 4; ++part)
+    for (int four = 0; four < kLanes / 4; ++four)
+      std::memcpy(reinterpret_cast<char*>(&parts[part]) + 16 * four, from[4 * four + part], 16);
+  x = parts[0], y = parts[1], z = parts[2], w = parts[3];
+  transpose4(x, y, z, w);
+}
+inline void store_rows(float (*to)[4], Floats x, Floats y, Floats z, Floats w) {
+  transpose4(x, y, z, w);
+  const Floats parts[4] = {x, y, z, w};
+  for (int part = 0; part < 4; ++part)
+    for (int four = 0; four < kLanes / 4; ++four)
+      std::memcpy(to[4 * four + part], reinterpret_cast<const char*>(&parts[part]) + 16 * four, 16);
 }
 
 // Half-precision bits in the low 16 bits of each lane.

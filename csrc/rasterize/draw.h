@@ -8,7 +8,7 @@ namespace TEXT3D_ISA {
 namespace {
 
 constexpr int32_t kBlock = 16;                        // triangles set up together
-constexpr int32_t kLanes = 8;                         // pixels drawn together
+constexpr int32_t kSpan = 8;                          // pixels drawn together
 constexpr int32_t kSmallExtent = 64 * kSubpixels;     // edge functions fit 32 bits
 constexpr int32_t kExactExtent = 1 << 25;             // edge functions are exact as doubles
 enum State : int32_t { kCulled, kCrossing, kSmall, kLarge };
@@ -31,7 +31,7 @@ struct Image {
   }
 };
 
-// Keys of rows [begin, end), rows padded by kLanes columns.
+// Keys of rows [begin, end), rows padded by kSpan columns.
 struct Canvas {
   int64_t* keys;
   const int64_t* previous;  // keys that drawn ones must exceed, or null
@@ -148,12 +148,12 @@ inline void draw_small(const SmallTriangles& t, const TriangleBlock& block, int3
   int64_t cell = canvas.cell(block.left[l], begin);
   int32_t row1 = t.edge1[l], row2 = t.edge2[l];
   for (int32_t y = begin; y <= end; ++y, row1 += up1, row2 += up2, cell += canvas.stride) {
-    for (int32_t x = 0; x <= columns; x += kLanes) {
+    for (int32_t x = 0; x <= columns; x += kSpan) {
       int64_t* keys = canvas.keys + cell + x;
       const int64_t* previous = Peeling ? canvas.previous + cell + x : nullptr;
       const int32_t start1 = row1 + x * right1, start2 = row2 + x * right2;
 #pragma omp simd
-      for (int32_t lane = 0; lane < kLanes; ++lane) {
+      for (int32_t lane = 0; lane < kSpan; ++lane) {
         const int32_t e1 = start1 + lane * right1, e2 = start2 + lane * right2;
         const int32_t sign = (inside0 - e1 - e2) | (e1 - owned1) | (e2 - owned2);
         const float depth = SnappedTriangle::clamp_depth((z + float(e1) * slope1) + float(e2) * slope2);

@@ -1,20 +1,21 @@
 // First, each pixel's triangle is asked for silhouette edges, many triangles at once; then only the pairs next to such a
 // pixel are looked at, each once. Chunks of rows write to their own pixels only, and what they have for vertices is added
 // up chunk after chunk: no atomics, one order of summation.
+#include "common/lanes.h"
 #include "antialias/antialias.h"
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 #include "common/parallel.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
 namespace {
 
-constexpr int kTriangles = 16;       // looked at together
 constexpr int64_t kRows = 8;         // of a chunk
 constexpr int64_t kPadding = 16;     // flags beyond the end of a row that may be read
 
-enum Trouble : int32_t { kNone, kBadTriangle, kBadTopology };
+enum Trouble : int32_t { kNone, kBadId, kBadVertex, kBadTopology };
 
 // A byte for each pixel: 1 if its triangle has a silhouette edge.
 template <class Params>
@@ -33,8 +34,10 @@ struct SilhouetteFlags {
     });
     if (!trouble) return;
     std::free(flags);
-    const char* name = trouble == kBadTriangle ? "tri: expected indices from 0 to " : "topology: expected indices from -1 to ";
-    throw std::invalid_argument(name + std::to_string(p.vertices - 1) + ", got some out of this range");
+    const std::string limit = std::to_string((trouble == kBadId ? p.faces : p.vertices) - 1);
+    const std::string what = trouble == kBadId ? "rast: expected triangles of tri, up to " :
+                             trouble == kBadVertex ? "tri: expected indices from 0 to " : "topology: expected indices from -1 to ";
+    throw std::invalid_argument(what + limit + ", got some out of this range");
   }
   SilhouetteFlags(const SilhouetteFlags&) = delete;
   ~SilhouetteFlags() { std::free(flags); }
@@ -46,47 +49,46 @@ struct SilhouetteFlags {
     const float* rast = p.rast + row * p.width * 4;
     const int64_t image = row / p.height;
     std::memset(out, 0, size_t(stride));
-    int32_t faces[kTriangles], begins[kTriangles], ends[kTriangles], count = 0, last = -1;
+    int32_t faces[kLanes], begins[kLanes], ends[kLanes], count = 0, last = -1;
     for (int64_t x = 0; x < p.width; ++x) {
       const int32_t face = decode_triangle_id(rast[4 * x + 3]);
-      if (face < 0 || face >= p.faces) {
+      if (face >= p.faces) return fail(kBadId);
+      if (face < 0) {
         last = -1;
       } else if (face == last) {
         ends[count - 1] = int32_t(x) + 1;
       } else {
-        if (count == kTriangles) {
+        if (count == kLanes) {
           flag_triangles(image, faces, begins, ends, count, out);
           count = 0;
         }
         faces[count] = last = face, begins[count] = int32_t(x), ends[count++] = int32_t(x) + 1;
       }
     }
-    flag_triangles(image, faces, begins, ends, count, out);
+    if (count > 0) flag_triangles(image, faces, begins, ends, count, out);
   }
 
   void flag_triangles(int64_t image, const int32_t* faces, const int32_t* begins, const int32_t* ends, int32_t count,
                       uint8_t* out) {
-    float points[6][kTriangles][4] = {};  // three corners, then what lies across the edges opposite to them
+    const float* rows[6][kLanes];  // three corners, then what lies across the edges opposite to them
     const float* pos = p.pos + first_vertex(p, image) * 4;
-    for (int32_t l = 0; l < count; ++l) {
-      const int32_t* corners = p.tri + 3 * int64_t(faces[l]);
-      const int32_t* opposite = p.opposite + 3 * int64_t(faces[l]);
+    for (int32_t l = 0; l < kLanes; ++l) {
+      const int64_t face = faces[l < count ? l : 0];
+      const int32_t* corners = p.tri + 3 * face;
+      const int32_t* opposite = p.opposite + 3 * face;
       for (int k = 0; k < 3; ++k) {
         const int32_t own = corners[k], across = opposite[k] < 0 ? own : opposite[k];
-        if (uint64_t(own) >= uint64_t(p.vertices)) return fail(kBadTriangle);
+        if (uint64_t(own) >= uint64_t(p.vertices)) return fail(kBadVertex);
         if (across >= p.vertices || opposite[k] < -1) return fail(kBadTopology);
-        std::memcpy(points[k][l], pos + 4 * int64_t(own), 16);
-        std::memcpy(points[3 + k][l], pos + 4 * int64_t(across), 16);
+        rows[k][l] = pos + 4 * int64_t(own), rows[3 + k][l] = pos + 4 * int64_t(across);
       }
     }
-    int32_t found[kTriangles];
-#pragma omp simd
-    for (int32_t l = 0; l < kTriangles; ++l) {
-      ClipPoint v[6];
-      for (int k = 0; k < 6; ++k) v[k] = {points[k][l][0], points[k][l][1], points[k][l][3]};
-      found[l] = on_silhouette(v[1], v[2], v[0], v[3]) | on_silhouette(v[2], v[0], v[1], v[4]) |
-                 on_silhouette(v[0], v[1], v[2], v[5]);
-    }
+    ClipPoint<Floats> v[6];
+    Floats z;
+    for (int k = 0; k < 6; ++k) load_rows(rows[k], v[k].x, v[k].y, z, v[k].w);
+    const Ints found = on_silhouette(v[1], v[2], v[0], v[3]) | on_silhouette(v[2], v[0], v[1], v[4]) |
+                       on_silhouette(v[0], v[1], v[2], v[5]);
+    if (!any(found)) return;
     for (int32_t l = 0; l < count; ++l)
       if (found[l]) std::memset(out + begins[l], 1, size_t(ends[l] - begins[l]));
   }

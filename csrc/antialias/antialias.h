@@ -47,14 +47,17 @@ constexpr float kSmallestSpan = 1e-3f;      // the gradient treats shorter edges
 // A vertex relative to a pixel centre, homogeneous, in pixels: along the pair, across it, w.
 struct Relative { float along, across, w; };
 
-// A vertex in clip space without z.
-struct ClipPoint { float x, y, w; };
+// A vertex in clip space without z. Number: float, or lanes of them on a CPU.
+template <class Number>
+struct ClipPoint { Number x, y, w; };
 
 // Does what lies across edge a-b (vertex d) fold back to the side of its own triangle (vertex c)? The same for every pixel
 // that looks at the edge. Points are taken relative to a's projection; d may be c: an edge without a neighbour.
-TEXT3D_HD bool on_silhouette(const ClipPoint& a, const ClipPoint& b, const ClipPoint& c, const ClipPoint& d) {
-  const float x = a.x / a.w, y = a.y / a.w, bx = b.x - b.w * x, by = b.y - b.w * y;
-  const float own = bx * (c.y - c.w * y) - by * (c.x - c.w * x), other = bx * (d.y - d.w * y) - by * (d.x - d.w * x);
+template <class Number>
+TEXT3D_HD auto on_silhouette(const ClipPoint<Number>& a, const ClipPoint<Number>& b, const ClipPoint<Number>& c,
+                             const ClipPoint<Number>& d) {
+  const Number x = a.x / a.w, y = a.y / a.w, bx = b.x - b.w * x, by = b.y - b.w * y;
+  const Number own = bx * (c.y - c.w * y) - by * (c.x - c.w * x), other = bx * (d.y - d.w * y) - by * (d.x - d.w * x);
   return (a.w > 0.f) & (b.w > 0.f) & (((own > 0.f) & (other > 0.f)) | ((own < 0.f) & (other < 0.f)));
 }
 
@@ -72,7 +75,7 @@ TEXT3D_HD int64_t first_vertex(const Params& p, int64_t image) {
 }
 
 template <class Params>
-TEXT3D_HD ClipPoint clip_point(const Params& p, int64_t image, int32_t vertex) {
+TEXT3D_HD ClipPoint<float> clip_point(const Params& p, int64_t image, int32_t vertex) {
   const float* v = p.pos + (first_vertex(p, image) + vertex) * 4;
   return {v[0], v[1], v[3]};
 }
@@ -101,6 +104,8 @@ TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column
   pair.y0 = float(row + (axis == 1 && !take0)) + 0.5f;
   const int32_t* corner = p.tri + 3 * face;
   Relative v[3];
+  for (int k = 0; k < 3; ++k)
+    if (uint64_t(corner[k]) >= uint64_t(p.vertices)) return pair;
   for (int k = 0; k < 3; ++k) v[k] = relative(p, image, corner[k], pair.x0, pair.y0, axis);
   const float sign = take0 ? 1.f : -1.f;
   float best = -1e30f;
@@ -116,7 +121,7 @@ TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column
     if (!(crossing > best)) continue;
     const int32_t from = corner[(k + 1) % 3], to = corner[(k + 2) % 3], across = p.opposite[3 * face + k];
     if (!on_silhouette(clip_point(p, image, from), clip_point(p, image, to), clip_point(p, image, corner[k]),
-                       clip_point(p, image, across >= 0 ? across : corner[k])))
+                       clip_point(p, image, across >= 0 && across < p.vertices ? across : corner[k])))
       continue;
     best = crossing, pair.a = from, pair.b = to;
   }

@@ -33,6 +33,13 @@ inline Floats load_lanes(const float* from) {
   return lanes;
 }
 
+inline Ints load_lanes(const int32_t* from) {
+  Ints lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store_lanes(int32_t* to, Ints lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 inline void store_lanes(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
 inline Floats min_of(Floats a, Floats b) { return a < b ? a : b; }
@@ -76,19 +83,38 @@ inline void transpose4(Floats& a, Floats& b, Floats& c, Floats& d) {
 
 // Four floats from each lane's address, and to it.
 inline void load_rows(const float* const from[kLanes], Floats& x, Floats& y, Floats& z, Floats& w) {
-  Floats parts[4];
-  for (int part = 0; part < 4; ++part)
-    for (int four = 0; four < kLanes / 4; ++four)
-      std::memcpy(reinterpret_cast<char*>(&parts[part]) + 16 * four, from[4 * four + part], 16);
-  x = parts[0], y = parts[1], z = parts[2], w = parts[3];
+  Floats* const parts[4] = {&x, &y, &z, &w};
+  for (int part = 0; part < 4; ++part) {
+#if defined(__AVX512F__)
+    __m512 rows = _mm512_castps128_ps512(_mm_loadu_ps(from[part]));
+    rows = _mm512_insertf32x4(rows, _mm_loadu_ps(from[4 + part]), 1);
+    rows = _mm512_insertf32x4(rows, _mm_loadu_ps(from[8 + part]), 2);
+    *parts[part] = (Floats)_mm512_insertf32x4(rows, _mm_loadu_ps(from[12 + part]), 3);
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(from[part]));
+    *parts[part] = (Floats)_mm256_insertf128_ps(low, _mm_loadu_ps(from[4 + part]), 1);
+#else
+    *parts[part] = load_lanes(from[part]);
+#endif
+  }
   transpose4(x, y, z, w);
 }
 inline void store_rows(float (*to)[4], Floats x, Floats y, Floats z, Floats w) {
   transpose4(x, y, z, w);
   const Floats parts[4] = {x, y, z, w};
-  for (int part = 0; part < 4; ++part)
-    for (int four = 0; four < kLanes / 4; ++four)
-      std::memcpy(to[4 * four + part], reinterpret_cast<const char*>(&parts[part]) + 16 * four, 16);
+  for (int part = 0; part < 4; ++part) {
+#if defined(__AVX512F__)
+    _mm_storeu_ps(to[part], _mm512_castps512_ps128((__m512)parts[part]));
+    _mm_storeu_ps(to[4 + part], _mm512_extractf32x4_ps((__m512)parts[part], 1));
+    _mm_storeu_ps(to[8 + part], _mm512_extractf32x4_ps((__m512)parts[part], 2));
+    _mm_storeu_ps(to[12 + part], _mm512_extractf32x4_ps((__m512)parts[part], 3));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(to[part], _mm256_castps256_ps128((__m256)parts[part]));
+    _mm_storeu_ps(to[4 + part], _mm256_extractf128_ps((__m256)parts[part], 1));
+#else
+    store_lanes(to[part], parts[part]);
+#endif
+  }
 }
 
 // Half-precision bits in the low 16 bits of each lane.

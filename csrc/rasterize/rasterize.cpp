@@ -99,6 +99,11 @@ void resolve_pixels(const Image& image, const int64_t* keys, int32_t row, int32_
   const Floats channel = covered ? encode_triangle_ids(ids) : Floats{};
   for (Floats& value : r) value = covered ? value : Floats{};
   for (Floats& value : db) value = covered ? value : Floats{};
+  if (count == kLanes) {
+    store_rows(reinterpret_cast<float(*)[4]>(rast), r[0], r[1], r[2], channel);
+    store_rows(reinterpret_cast<float(*)[4]>(rast_db), db[0], db[1], db[2], db[3]);
+    return;
+  }
   float out[2][kLanes][4];
   store_rows(out[0], r[0], r[1], r[2], channel);
   store_rows(out[1], db[0], db[1], db[2], db[3]);
@@ -143,13 +148,19 @@ void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t 
   }
 }
 
-void snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
+// Returns false if a coordinate is NaN or infinite.
+bool snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
+  bool fine = true;
   parallel_for(count, 8192, [&](int64_t begin, int64_t end) {
+    bool finite = true;
     for (int64_t i = begin; i < end; ++i) {
       const float x = pos[4 * i], y = pos[4 * i + 1], z = pos[4 * i + 2], w = pos[4 * i + 3];
       snapped[i] = snap(x, y, z, w, outcode(x, y, z, w, view.guard), view);
+      finite &= is_finite(x, y, z, w);
     }
+    if (!finite) __atomic_store_n(&fine, false, __ATOMIC_RELAXED);
   });
+  return fine;
 }
 
 }  // namespace
@@ -159,7 +170,8 @@ void rasterize_forward(const RasterizeForwardParams& p) {
   if (pixels == 0 || p.batch == 0) return;
   const Viewport view(p.height, p.width);
   const Bands bands(view);
-  snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped);
+  if (!snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped))
+    throw std::invalid_argument("pos: expected finite coordinates, got NaN or infinity");
   const int64_t most = p.ranges ? p.largest_count : p.triangles;
   Bin* bins = new Bin[size_t((most + kChunk - 1) / kChunk)];
   bool fine = true;

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import dataclasses
 import functools
 import gc
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -264,7 +266,7 @@ def main() -> None:
     if options.memory:
         return memory_table()
     torch.set_num_threads(options.threads)
-    os.environ.setdefault("LP_NUM_THREADS", str(options.threads - 1))  # llvmpipe: worker threads, 0 draws in the caller
+    os.environ.setdefault("LP_NUM_THREADS", str(options.threads))  # llvmpipe's workers, while the caller waits
     rows = []
     for triangles, size in CASES:
         candidates = []
@@ -289,6 +291,53 @@ def main() -> None:
                     print("  ".join(f"{cell:>{width}}" for cell, width in zip(rows[-1], (10, 1, 15, 36, 16, 8, 8, 6))))
     header = ["machine", "threads", "case", "renderer", "passes", "wall ms", "CPU ms", "wall / ours"]
     write(RESULTS / "rasterize.csv", header, rows)
+
+
+def peak(triangles: int, size: int, name: str, passes: str) -> None:
+    """In a process of its own: print the bytes of inputs and outputs and the peak beyond what was there before.
+
+    Outputs are what the renderer hands out: every op's results and, in the backward pass, the gradients of all of them.
+    """
+    torch.set_num_threads(2)
+    candidate = next(renderer for renderer in COMPARED if renderer.name == name)(triangles, size)
+    small = type(candidate)(100, 16)
+    small.both()  # what is loaded at first use is not the op's memory
+    given = [*candidate.leaves, candidate.tri, getattr(candidate, "topology", None)]
+    given += list(candidate.cotangents) if passes == "both" else []
+    bytes_of = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    pixels = size * size * 4
+    channels = {Rasterized: [8], Interpolated: [8, 3], Antialiased: [8, 3, 3]}[type(candidate)]
+    handed_out = pixels * sum(channels)
+    if passes == "both":  # gradients: of pixels but those of the last op, which are given, and of the leaves
+        handed_out += pixels * sum({1: [], 2: [4], 3: [4, 3]}[len(channels)]) + bytes_of(candidate.leaves)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed before would hide what the op takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status("VmRSS")
+    result = getattr(candidate, passes)()
+    print(bytes_of(given), handed_out, status("VmHWM") - before, len(result))
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def memory_table() -> None:
+    rows = []
+    for triangles, size in CASES:
+        for renderer in COMPARED:
+            for passes, label in PASSES.items():
+                code = f"import bench_rasterize as b; b.peak({triangles}, {size}, {renderer.name!r}, {passes!r})"
+                run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, text=True,
+                                     capture_output=True)  # fmt: skip
+                inputs, outputs, grown, _ = map(int, run.stdout.split())
+                ratio = (inputs + grown) / (inputs + outputs)
+                mib = [f"{count / 2**20:.1f}" for count in (inputs, outputs, grown)]
+                rows.append([f"{triangles} @{size}^2", renderer.name, label, *mib, f"{ratio:.2f}"])
+                print("  ".join(f"{cell:>{width}}" for cell, width in zip(rows[-1], (15, 36, 16, 8, 8, 8, 6))))
+    header = ["case", "renderer", "passes", "inputs MiB", "outputs MiB", "peak growth MiB", "peak / (inputs + outputs)"]
+    write(RESULTS / "rasterize_memory.csv", header, rows)
 
 
 def write(path: Path, header: list[str], rows: list[list]) -> None:

@@ -1,14 +1,23 @@
 """Rasterization on a CPU: UV spheres, against DEODR and moderngl (llvmpipe). Checks each result, then times.
 
-    pytest benchmarks/bench_rasterize.py --benchmark-only          wall time
-    python benchmarks/bench_rasterize.py [REPEATS] [THREADS]       table of CPU time and wall time side by side
+    pytest benchmarks/bench_rasterize.py --benchmark-only      each renderer, each case
+    python benchmarks/bench_rasterize.py [--threads N]         ratios in one run, -> results/rasterize.csv
+    python benchmarks/bench_rasterize.py --memory              peak memory, -> results/rasterize_memory.csv
 
-Peers that are not installed are shown as missing (skipped with the reason). On a machine that others use as well,
-compare CPU times with THREADS = 1: waiting threads spin, and wall times measure the others.
+Peers that are not installed are shown as missing. The second way interleaves the renderers of a case and keeps the least
+wall time and the least CPU time of each, so that what else the machine does matters less.
 """
 
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
 import dataclasses
+import functools
+import gc
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,56 +29,73 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from meshes import perspective, uv_sphere
 
-from text3d_fast import ops
+from text3d_fast import native, ops
 
 CASES = [(100_000, 512), (1_000_000, 1024)]
+RESULTS = Path(__file__).parent / "results"
 torch.set_num_threads(2)
 
 
-class Ours:
+class Rasterized:
     """rast and rast_db, and their gradient to positions."""
 
-    name = "text3d_fast"
+    name = "rasterize"
 
-    def __init__(self, triangles, size):
+    def __init__(self, triangles: int, size: int):
         self.vertices, self.tri = uv_sphere(triangles)
         self.size, self.pos = (size, size), perspective(self.vertices)[None].requires_grad_()
+        self.attr = (self.vertices[None] * 0.5 + 0.5).requires_grad_()
         generator = torch.Generator().manual_seed(0)
         self.cotangents = [torch.randn(1, size, size, 4, generator=generator) for _ in range(2)]
-        self.outputs = ops.rasterize(self.pos, self.tri, self.size)
+        self.leaves = [self.pos]
+        self.prepare()
+
+    def prepare(self):
+        pass
+
+    def render(self) -> tuple[torch.Tensor, ...]:
+        return ops.rasterize(self.pos, self.tri, self.size)
 
     def check(self):
-        self.covered = (self.outputs[0][0, ..., 3] > 0).detach()
-        expected = disc(self.size[0])
-        assert (self.covered == expected).float().mean() > 0.998
-        for gradient in torch.autograd.grad(self.outputs, self.pos, self.cotangents, retain_graph=True):
-            assert gradient.isfinite().all()
+        covered = self.forward()[0][0].abs().amax(-1) > 0
+        assert (covered == disc(self.size[0])).float().mean() > 0.995
+        for gradient in self.both():
+            assert gradient.isfinite().all() and gradient.abs().max() > 0
 
     def forward(self):
         with torch.no_grad():
-            return ops.rasterize(self.pos, self.tri, self.size)
+            return self.render()
 
-    def backward(self):
-        return torch.autograd.grad(self.outputs, self.pos, self.cotangents, retain_graph=True)
+    def both(self):
+        return torch.autograd.grad(self.render(), self.leaves, self.cotangents)
 
 
-class Interpolated(Ours):
-    """A 3-channel image as DEODR renders it: rasterize + interpolate, and the gradient to positions and attributes."""
+class Interpolated(Rasterized):
+    """A 3-channel image as DEODR renders it: rasterize + interpolate, and its gradient to positions and attributes."""
 
-    name = "text3d_fast image"
+    name = "rasterize + interpolate"
 
-    def __init__(self, triangles, size):
-        super().__init__(triangles, size)
-        self.attr = (self.vertices[None] * 0.5 + 0.5).requires_grad_()
-        self.image = ops.interpolate(self.attr, self.outputs[0], self.tri)[0]
-        self.grad_image = self.cotangents[0][..., :3].contiguous()
+    def prepare(self):
+        self.leaves, self.cotangents = [self.pos, self.attr], self.cotangents[0][..., :3].contiguous()
 
-    def forward(self):
-        with torch.no_grad():
-            return ops.interpolate(self.attr, ops.rasterize(self.pos, self.tri, self.size)[0], self.tri)[0]
+    def render(self):
+        rast, _ = ops.rasterize(self.pos, self.tri, self.size, grad_db=False)
+        return ops.interpolate(self.attr, rast, self.tri)[:1]
 
-    def backward(self):
-        return torch.autograd.grad(self.image, (self.pos, self.attr), self.grad_image, retain_graph=True)
+
+class Antialiased(Interpolated):
+    """The same with antialiased silhouettes; the topology is computed once for the mesh."""
+
+    name = "rasterize + interpolate + antialias"
+
+    def prepare(self):
+        super().prepare()
+        self.topology = ops.antialias_topology(self.tri)
+
+    def render(self):
+        rast, _ = ops.rasterize(self.pos, self.tri, self.size, grad_db=False)
+        image = ops.interpolate(self.attr, rast, self.tri)[0]
+        return (ops.antialias(image, rast, self.pos, self.tri, self.topology),)
 
 
 def disc(size: int) -> torch.Tensor:
@@ -79,45 +105,78 @@ def disc(size: int) -> torch.Tensor:
     return centre[:, None] ** 2 + centre[None] ** 2 < radius**2
 
 
-class Deodr:
-    """DEODR's renderer: interpolated vertex colours, without (sigma 0) its silhouette antialiasing.
+@functools.cache
+def silhouette_finder(triangles: int):
+    """DEODR's own: positions in pixels -> which edges of each face are on the silhouette."""
+    from deodr.triangulated_mesh import TriMeshAdjacencies
 
-    Forward as ours: no culling, perspective-correct. Its gradient demands culling and affine interpolation, so its
-    backward pass has less to do than ours.
+    vertices, tri = uv_sphere(triangles)
+    return TriMeshAdjacencies(tri.numpy().astype(np.uint32), nb_vertices=len(vertices)).edge_on_silhouette
+
+
+class Deodr:
+    """DEODR's renderer: interpolated vertex colours in double precision, without silhouettes (sigma 0).
+
+    Its gradient demands culling and affine interpolation, so that is how forward + backward is timed; forward alone as
+    ours, without culling and perspective-correct.
     """
 
-    name = "DEODR 0.2.3"
+    name, sigma = "DEODR 0.2.3", 0.0
 
-    def __init__(self, triangles, size):
+    def __init__(self, triangles: int, size: int):
         renderer = pytest.importorskip("deodr.differentiable_renderer", reason="missing: pip install deodr")
         vertices, tri = uv_sphere(triangles)
         pos = perspective(vertices).double()
         ndc = pos[:, :2] / pos[:, 3:]
         count, faces = len(vertices), tri.numpy().astype(np.uint32)
         pixels = ((ndc + 1) / 2 * size - 0.5).numpy()
+        self.edge_flags = silhouette_finder(triangles)
         self.scene = renderer.Scene2DBase(
             faces=faces, faces_uv=faces, ij=np.ascontiguousarray(pixels), depths=pos[:, 3].numpy().copy(),
             textured=np.zeros(len(faces), bool), uv=np.zeros((count, 2)), shade=np.zeros(count),
             colors=np.ascontiguousarray((vertices * 0.5 + 0.5).double().numpy()), shaded=np.zeros(len(faces), bool),
-            edgeflags=np.zeros((len(faces), 3), bool), height=size, width=size, nb_colors=3,
-            texture=np.zeros((0, 0, 3)), background_color=np.zeros(3), backface_culling=False, perspective_correct=True,
-        )
+            edgeflags=self.edge_flags(pixels) if self.sigma else np.zeros((len(faces), 3), bool), height=size, width=size, nb_colors=3, texture=np.zeros((0, 0, 3)),
+            background_color=np.zeros(3), backface_culling=False, perspective_correct=True,
+        )  # fmt: skip
+        self.culled = dataclasses.replace(self.scene, backface_culling=True, perspective_correct=False)
+        for name in ("uv", "ij", "shade", "colors", "texture"):
+            setattr(self.culled, f"{name}_b", np.zeros_like(getattr(self.scene, name)))
         self.renderer, self.image, self.depth = renderer, np.zeros((size, size, 3)), np.zeros((size, size))
         self.grad = np.random.default_rng(0).standard_normal(self.image.shape)
-        self.forward()
 
     def check(self):
-        covered = torch.from_numpy(self.image).sum(-1) > 0
-        assert (covered == disc(len(covered))).float().mean() > 0.995
+        for scene in (self.scene, self.culled):
+            self.render(scene)
+            covered = torch.from_numpy(self.image).sum(-1) > 0
+            assert (covered == disc(len(covered))).float().mean() > 0.99
+
+    def render(self, scene):
+        self.renderer.renderScene(scene, self.sigma, self.image, self.depth)
 
     def forward(self):
-        self.renderer.renderScene(self.scene, 0.0, self.image, self.depth)
+        self.render(self.scene)
 
-    def backward(self):
-        scene = dataclasses.replace(self.scene, backface_culling=True, perspective_correct=False)
+    def both(self):
+        self.render(self.culled)
         for name in ("uv", "ij", "shade", "colors", "texture"):
-            setattr(scene, f"{name}_b", np.zeros_like(getattr(scene, name)))
-        self.renderer.renderSceneB(scene, 0.0, self.image, self.depth, self.grad.copy())
+            getattr(self.culled, f"{name}_b").fill(0)
+        self.renderer.renderSceneB(self.culled, self.sigma, self.image.copy(), self.depth, self.grad.copy())
+
+
+class DeodrSilhouettes(Deodr):
+    """With its silhouette antialiasing (sigma 1), the silhouette edges known beforehand."""
+
+    name, sigma = "DEODR 0.2.3 with silhouettes", 1.0
+
+
+class DeodrPipeline(DeodrSilhouettes):
+    """The same as its Scene3D runs it: silhouette edges are found in every rendering."""
+
+    name = "DEODR 0.2.3, finding silhouettes"
+
+    def render(self, scene):
+        scene.edgeflags = self.edge_flags(scene.ij)
+        super().render(scene)
 
 
 class ModernGl:
@@ -125,7 +184,7 @@ class ModernGl:
 
     name = "moderngl (llvmpipe)"
 
-    def __init__(self, triangles, size):
+    def __init__(self, triangles: int, size: int):
         moderngl = pytest.importorskip("moderngl", reason="missing: pip install moderngl")
         try:
             context = moderngl.create_standalone_context(backend="egl")
@@ -159,55 +218,132 @@ class ModernGl:
         self.ids, _ = self.color.read(), self.depth.read()
 
 
-CANDIDATES = {"ours": Ours, "image": Interpolated, "deodr": Deodr, "moderngl": ModernGl}
+# each peer beside what of ours does its work
+COMPARED = {Rasterized: [ModernGl], Interpolated: [Deodr], Antialiased: [DeodrSilhouettes, DeodrPipeline]}
+RENDERERS = [*COMPARED, *(peer for peers in COMPARED.values() for peer in peers)]
+PASSES = {"forward": "forward", "both": "forward+backward"}
 
 
 @pytest.mark.parametrize("triangles,size", CASES)
-@pytest.mark.parametrize("which", CANDIDATES)
-def test_forward(which, triangles, size, benchmark):
-    candidate = CANDIDATES[which](triangles, size)
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("passes", PASSES)
+def test_render(passes, renderer, triangles, size, benchmark):
+    if not hasattr(renderer, passes):
+        pytest.skip("has no backward pass")
+    candidate = renderer(triangles, size)
     candidate.check()
-    benchmark(candidate.forward)
+    benchmark(getattr(candidate, passes))
 
 
-@pytest.mark.parametrize("triangles,size", CASES)
-@pytest.mark.parametrize("which", ["ours", "image", "deodr"])
-def test_backward(which, triangles, size, benchmark):
-    candidate = CANDIDATES[which](triangles, size)
-    candidate.check()
-    benchmark(candidate.backward)
+def timed(function) -> tuple[float, float]:
+    """Milliseconds of wall time and of CPU time (all threads)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
-def measure(function, repeats: int) -> tuple[float, float]:
-    """Milliseconds of CPU (all threads) and of wall time, each the minimum."""
-    best = [float("inf")] * 2
+def measure(candidates: list, repeats: int) -> dict[tuple[str, str], list[float]]:
+    """Least wall and CPU time of each (renderer, passes): all renderers by turns, each three times in a row."""
+    best = {}
     for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        function()
-        best = [min(best[0], time.process_time() - cpu), min(best[1], time.perf_counter() - wall)]
-    return best[0] * 1e3, best[1] * 1e3
+        for candidate in candidates:
+            for passes in PASSES:
+                if not hasattr(candidate, passes):
+                    continue
+                for _ in range(3):
+                    times = timed(getattr(candidate, passes))
+                    before = best.get((candidate.name, passes), times)
+                    best[candidate.name, passes] = [min(*pair) for pair in zip(before, times)]
+    return best
 
 
-def table(repeats: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    os.environ.setdefault("LP_NUM_THREADS", str(threads - 1))  # llvmpipe: worker threads, 0 draws in the caller
-    print(f"{'case':22s} {'candidate':22s} {'forward cpu':>12s} {'wall':>8s} {'backward cpu':>13s} {'wall':>8s}   ms")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=4, help="rounds over the renderers of a case")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
+    options = parser.parse_args()
+    if options.memory:
+        return memory_table()
+    torch.set_num_threads(options.threads)
+    os.environ.setdefault("LP_NUM_THREADS", str(options.threads))  # llvmpipe's workers, while the caller waits
+    rows = []
     for triangles, size in CASES:
-        for candidate_class in CANDIDATES.values():
-            case = f"{triangles} @{size}^2"
+        candidates = []
+        for renderer in RENDERERS:
             try:
-                candidate = candidate_class(triangles, size)
+                candidates.append(renderer(triangles, size))
+                candidates[-1].check()
             except pytest.skip.Exception as reason:
-                print(f"{case:22s} {candidate_class.name:22s} {reason}")
-                continue
-            candidate.check()
-            forward = measure(candidate.forward, repeats)
-            line = f"{case:22s} {candidate.name:22s} {forward[0]:12.1f} {forward[1]:8.1f}"
-            if hasattr(candidate, "backward"):
-                backward = measure(candidate.backward, repeats)
-                line += f" {backward[0]:13.1f} {backward[1]:8.1f}"
-            print(line, flush=True)
+                print(f"{renderer.name}: {reason}")
+        gc.collect(), gc.disable()
+        best = measure(candidates, options.repeats)
+        gc.enable()
+        for ours, peers in COMPARED.items():
+            for renderer in [ours, *peers]:
+                for passes, label in PASSES.items():
+                    if (renderer.name, passes) not in best:
+                        continue
+                    wall, cpu = best[renderer.name, passes]
+                    ratio = wall / best[ours.name, passes][0]
+                    rows.append([f"CPU {native.cpu_isa()}", options.threads, f"{triangles} @{size}^2", renderer.name,
+                                 label, f"{wall:.2f}", f"{cpu:.2f}", f"{ratio:.2f}"])  # fmt: skip
+                    print("  ".join(f"{cell:>{width}}" for cell, width in zip(rows[-1], (10, 1, 15, 36, 16, 8, 8, 6))))
+    header = ["machine", "threads", "case", "renderer", "passes", "wall ms", "CPU ms", "wall / ours"]
+    write(RESULTS / "rasterize.csv", header, rows)
+
+
+def peak(triangles: int, size: int, name: str, passes: str) -> None:
+    """In a process of its own: print the bytes of inputs and outputs and the peak beyond what was there before.
+
+    Outputs are what the renderer hands out: every op's results and, in the backward pass, the gradients of all of them.
+    """
+    torch.set_num_threads(2)
+    candidate = next(renderer for renderer in COMPARED if renderer.name == name)(triangles, size)
+    small = type(candidate)(100, 16)
+    small.both()  # what is loaded at first use is not the op's memory
+    given = [*candidate.leaves, candidate.tri, getattr(candidate, "topology", None)]
+    given += list(candidate.cotangents) if passes == "both" else []
+    bytes_of = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    pixels = size * size * 4
+    channels = {Rasterized: [8], Interpolated: [8, 3], Antialiased: [8, 3, 3]}[type(candidate)]
+    handed_out = pixels * sum(channels)
+    if passes == "both":  # gradients: of pixels but those of the last op, which are given, and of the leaves
+        handed_out += pixels * sum({1: [], 2: [4], 3: [4, 3]}[len(channels)]) + bytes_of(candidate.leaves)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed before would hide what the op takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status("VmRSS")
+    result = getattr(candidate, passes)()
+    print(bytes_of(given), handed_out, status("VmHWM") - before, len(result))
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def memory_table() -> None:
+    rows = []
+    for triangles, size in CASES:
+        for renderer in COMPARED:
+            for passes, label in PASSES.items():
+                code = f"import bench_rasterize as b; b.peak({triangles}, {size}, {renderer.name!r}, {passes!r})"
+                run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, text=True,
+                                     capture_output=True)  # fmt: skip
+                inputs, outputs, grown, _ = map(int, run.stdout.split())
+                ratio = (inputs + grown) / (inputs + outputs)
+                mib = [f"{count / 2**20:.1f}" for count in (inputs, outputs, grown)]
+                rows.append([f"{triangles} @{size}^2", renderer.name, label, *mib, f"{ratio:.2f}"])
+                print("  ".join(f"{cell:>{width}}" for cell, width in zip(rows[-1], (15, 36, 16, 8, 8, 8, 6))))
+    header = ["case", "renderer", "passes", "inputs MiB", "outputs MiB", "peak growth MiB", "peak / (inputs + outputs)"]
+    write(RESULTS / "rasterize_memory.csv", header, rows)
+
+
+def write(path: Path, header: list[str], rows: list[list]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 if __name__ == "__main__":
-    table(*[int(argument) for argument in [*sys.argv[1:], *("10", "2")[len(sys.argv) - 1 :]]])
+    main()

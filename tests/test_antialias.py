@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from text3d_fast import ops, use_backend
+from text3d_fast import native, ops, use_backend
 from text3d_fast.reference.antialias import antialias as reference_antialias
 from text3d_fast.reference.antialias import opposite_vertices
 
@@ -156,6 +156,22 @@ def test_errors_name_the_argument(generator, device):
             call()
     with pytest.raises(TypeError, match="tri: expected torch.int32"):
         ops.antialias(color, rast, pos, tri.long())
-    if device.type == "cpu":
-        with pytest.raises(ValueError, match=r"tri: expected indices in \[0, 11\)"):
-            ops.antialias(color, rast, pos, tri + 9)
+
+
+def test_missing_triangles_and_vertices(generator, device, monkeypatch):
+    """A CPU raises, and a GPU that is asked to check; otherwise nothing is blended there."""
+    pos, tri = soup(generator, 2)
+    color = torch.rand(2, 4, 4, 3, generator=generator, device=device)
+    rast = torch.zeros(2, 4, 4, 4, device=device)
+    rast[:, 1:3, 1:3, 3] = 5
+    topology = ops.antialias_topology(tri)
+    if native.runs_cuda_source(device):
+        assert torch.equal(ops.antialias(color, rast, pos, tri + 9, topology), color)
+        assert torch.equal(ops.antialias(color, rast, pos, tri[:2], topology[:2]), color)
+        monkeypatch.setenv("TEXT3D_CHECK", "1")
+    with pytest.raises(ValueError, match="rast: expected"):
+        ops.antialias(color, rast, pos, tri[:2], topology[:2])
+    with pytest.raises(ValueError, match="tri: expected indices from 0 to 10"):
+        ops.antialias(color, rast, pos, tri + 9, topology)
+    with pytest.raises(ValueError, match="topology: expected indices from -1 to 10"):
+        ops.antialias(color, rast, pos, tri, topology + 12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from meshes import soup
 
-from text3d_fast import ops, use_backend
+from text3d_fast import native, ops, use_backend
 from text3d_fast.reference.interpolate import interpolate as reference_interpolate
 
 # (attribute shape without vertices, chosen derivatives)
@@ -104,14 +104,24 @@ def test_rasterize_and_interpolate_together(device, generator):
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=1e-3, atol=1e-3)
 
 
-def test_missing_triangles_and_vertices_are_background(device):
+def test_missing_triangles_and_vertices(device, monkeypatch):
+    """A CPU raises, and a GPU that is asked to check; otherwise such pixels are background."""
     attr = torch.ones(3, 2, device=device)
     tri = torch.tensor([[0, 1, 2], [0, 1, 7], [-1, 0, 0]], dtype=torch.int32, device=device)
     rast = torch.zeros(1, 1, 5, 4, device=device)
-    rast[..., 3] = torch.tensor([1.0, 2, 3, 4, 0])
-    out, _ = ops.interpolate(attr.requires_grad_(), rast, tri)
-    assert out[0, 0, :, 0].tolist() == [1, 0, 0, 0, 0]
-    torch.autograd.grad(out.sum(), attr)
+    on_gpu = native.runs_cuda_source(device)
+    if on_gpu:
+        rast[..., 3] = torch.tensor([1.0, 2, 3, 4, 0])
+        out, _ = ops.interpolate(attr.requires_grad_(), rast, tri)
+        assert out[0, 0, :, 0].tolist() == [1, 0, 0, 0, 0]
+        torch.autograd.grad(out.sum(), attr)
+        monkeypatch.setenv("TEXT3D_CHECK", "1")
+    rast[0, 0, 3, 3] = 4
+    with pytest.raises(ValueError, match="rast: expected (triangles below 3|indices from -1 to 2)"):
+        ops.interpolate(attr, rast, tri[:1].repeat(3, 1))
+    rast[0, 0, 3, 3] = 2
+    with pytest.raises(ValueError, match="tri: expected indices from 0 to 2"):
+        ops.interpolate(attr, rast, tri)
 
 
 def test_empty(device):

@@ -10,7 +10,7 @@ import torch
 from meshes import perspective, soup, uv_sphere
 from watertight import KINDS, count_errors
 
-from text3d_fast import ops, use_backend
+from text3d_fast import native, ops, use_backend
 from text3d_fast.reference import rasterize as reference
 
 # (triangles, size, height, width): odd images, tiny and huge triangles
@@ -256,10 +256,19 @@ def test_empty_inputs(device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("component", range(4))
-def test_triangles_with_non_finite_vertices_are_not_drawn(bad, component, device):
+def test_non_finite_vertices(bad, component, device, monkeypatch):
+    """A CPU raises, and a GPU that is asked to check; otherwise their triangles are not drawn."""
     pos = torch.tensor([[[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]]] * 2, device=device)
     pos[0, 1, component] = bad
     tri = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
+    if not native.runs_cuda_source(device):
+        with pytest.raises(ValueError, match="pos: expected finite coordinates, got NaN or infinity"):
+            ops.rasterize(pos, tri, (4, 4))
+        return
+    monkeypatch.setenv("TEXT3D_CHECK", "1")
+    with pytest.raises(ValueError, match="pos: expected finite coordinates, got NaN or infinity"):
+        ops.rasterize(pos, tri, (4, 4))
+    monkeypatch.delenv("TEXT3D_CHECK")
     rast, db = ops.rasterize(pos, tri, (4, 4))
     assert rast[0].eq(0).all() and db[0].eq(0).all()
     assert rast[1, ..., 3].eq(1).all()

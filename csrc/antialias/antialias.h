@@ -47,9 +47,18 @@ constexpr float kSmallestSpan = 1e-3f;      // the gradient treats shorter edges
 // A vertex relative to a pixel centre, homogeneous, in pixels: along the pair, across it, w.
 struct Relative { float along, across, w; };
 
-TEXT3D_HD float side(const Relative& a, const Relative& b, const Relative& c) {
-  return (a.across * b.w - a.w * b.across) * c.along + (a.w * b.along - a.along * b.w) * c.across +
-         (a.along * b.across - a.across * b.along) * c.w;
+// A vertex in clip space without z. Number: float, or lanes of them on a CPU.
+template <class Number>
+struct ClipPoint { Number x, y, w; };
+
+// Does what lies across edge a-b (vertex d) fold back to the side of its own triangle (vertex c)? The same for every pixel
+// that looks at the edge. Points are taken relative to a's projection; d may be c: an edge without a neighbour.
+template <class Number>
+TEXT3D_HD auto on_silhouette(const ClipPoint<Number>& a, const ClipPoint<Number>& b, const ClipPoint<Number>& c,
+                             const ClipPoint<Number>& d) {
+  const Number x = a.x / a.w, y = a.y / a.w, bx = b.x - b.w * x, by = b.y - b.w * y;
+  const Number own = bx * (c.y - c.w * y) - by * (c.x - c.w * x), other = bx * (d.y - d.w * y) - by * (d.x - d.w * x);
+  return (a.w > 0.f) & (b.w > 0.f) & (((own > 0.f) & (other > 0.f)) | ((own < 0.f) & (other < 0.f)));
 }
 
 struct Pair {
@@ -59,9 +68,21 @@ struct Pair {
   float x0, y0;    // the chosen pixel's centre, in pixels
 };
 
+// Where the vertices of an image start in pos.
+template <class Params>
+TEXT3D_HD int64_t first_vertex(const Params& p, int64_t image) {
+  return p.pos_batch > 1 ? image * p.vertices : 0;
+}
+
+template <class Params>
+TEXT3D_HD ClipPoint<float> clip_point(const Params& p, int64_t image, int32_t vertex) {
+  const float* v = p.pos + (first_vertex(p, image) + vertex) * 4;
+  return {v[0], v[1], v[3]};
+}
+
 template <class Params>
 TEXT3D_HD Relative relative(const Params& p, int64_t image, int32_t vertex, float x0, float y0, int axis) {
-  const float* v = p.pos + ((p.pos_batch > 1 ? image * p.vertices : 0) + vertex) * 4;
+  const float* v = p.pos + (first_vertex(p, image) + vertex) * 4;
   const float x = (v[0] + v[3]) * (0.5f * float(p.width)) - v[3] * x0;
   const float y = (v[1] + v[3]) * (0.5f * float(p.height)) - v[3] * y0;
   return axis == 0 ? Relative{x, y, v[3]} : Relative{y, x, v[3]};
@@ -83,6 +104,8 @@ TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column
   pair.y0 = float(row + (axis == 1 && !take0)) + 0.5f;
   const int32_t* corner = p.tri + 3 * face;
   Relative v[3];
+  for (int k = 0; k < 3; ++k)
+    if (uint64_t(corner[k]) >= uint64_t(p.vertices)) return pair;
   for (int k = 0; k < 3; ++k) v[k] = relative(p, image, corner[k], pair.x0, pair.y0, axis);
   const float sign = take0 ? 1.f : -1.f;
   float best = -1e30f;
@@ -94,11 +117,13 @@ TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column
     if ((across_a < 0.f) == (across_b < 0.f)) continue;
     const float along_a = a.along / a.w, along_b = b.along / b.w, span = across_b - across_a;
     if (!(fabsf(span) >= fabsf(along_b - along_a))) continue;
-    const int32_t other = p.opposite[3 * face + k];
-    const Relative across = other >= 0 ? relative(p, image, other, pair.x0, pair.y0, axis) : v[k];
-    if (!(side(a, b, v[k]) * side(a, b, across) > 0.f)) continue;
     const float crossing = sign * (along_a - across_a * (along_b - along_a) / span);
-    if (crossing > best) best = crossing, pair.a = corner[(k + 1) % 3], pair.b = corner[(k + 2) % 3];
+    if (!(crossing > best)) continue;
+    const int32_t from = corner[(k + 1) % 3], to = corner[(k + 2) % 3], across = p.opposite[3 * face + k];
+    if (!on_silhouette(clip_point(p, image, from), clip_point(p, image, to), clip_point(p, image, corner[k]),
+                       clip_point(p, image, across >= 0 && across < p.vertices ? across : corner[k])))
+      continue;
+    best = crossing, pair.a = from, pair.b = to;
   }
   if (!(best > -kSlack && best < 1.f + kSlack)) return pair;
   pair.movable = best > 0.f && best < 1.f;
@@ -106,92 +131,45 @@ TEXT3D_HD Pair blend(const Params& p, int64_t image, int64_t row, int64_t column
   return pair;
 }
 
-struct AntialiasPixel {
-  AntialiasParams p;
-
-  TEXT3D_HD void mix(float* out, float alpha, int64_t first, int64_t second) const {
-    for (int c = 0; c < p.channels; ++c)
-      out[c] += alpha * (p.color[second * p.channels + c] - p.color[first * p.channels + c]);
-  }
-
-  // Each pixel gathers from its four pairs: no atomics, one order of summation.
-  TEXT3D_HD void operator()(int64_t i) const {
-    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
-    float* out = p.out + i * p.channels;
-    for (int c = 0; c < p.channels; ++c) out[c] = p.color[i * p.channels + c];
-    for (int axis = 0; axis < 2; ++axis) {
-      const int64_t step = axis == 0 ? 1 : p.width;
-      if (axis == 0 ? column + 1 < p.width : row + 1 < p.height) {
-        const float alpha = blend(p, image, row, column, axis).alpha;
-        if (alpha > 0.f) mix(out, alpha, i, i + step);
-      }
-      if (axis == 0 ? column > 0 : row > 0) {
-        const float alpha = blend(p, image, row - (axis == 1), column - (axis == 0), axis).alpha;
-        if (alpha < 0.f) mix(out, alpha, i - step, i);
-      }
-    }
-  }
+// Neighbours along the axis: the blended image gains alpha (color[second] - color[first]) at the target pixel.
+struct Neighbours {
+  int64_t first, second;
+  int axis;
+  TEXT3D_HD int64_t target(const Pair& pair) const { return pair.alpha > 0.f ? first : second; }
 };
 
-struct AntialiasColorGradient {
-  AntialiasBackwardParams p;
+template <class Params>
+TEXT3D_HD void mix(const Params& p, float* out, float alpha, const Neighbours& n) {
+  for (int c = 0; c < p.channels; ++c)
+    out[c] += alpha * (p.color[n.second * p.channels + c] - p.color[n.first * p.channels + c]);
+}
 
-  TEXT3D_HD void operator()(int64_t i) const {
-    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
-    float* out = p.grad_color + i * p.channels;
-    for (int c = 0; c < p.channels; ++c) out[c] = p.grad_out[i * p.channels + c];
-    for (int axis = 0; axis < 2; ++axis) {
-      const int64_t step = axis == 0 ? 1 : p.width;
-      if (axis == 0 ? column + 1 < p.width : row + 1 < p.height) {
-        const float alpha = blend(p, image, row, column, axis).alpha;
-        const float* g = p.grad_out + (alpha > 0.f ? i : i + step) * p.channels;
-        for (int c = 0; alpha != 0.f && c < p.channels; ++c) out[c] -= alpha * g[c];
-      }
-      if (axis == 0 ? column > 0 : row > 0) {
-        const float alpha = blend(p, image, row - (axis == 1), column - (axis == 0), axis).alpha;
-        const float* g = p.grad_out + (alpha > 0.f ? i - step : i) * p.channels;
-        for (int c = 0; alpha != 0.f && c < p.channels; ++c) out[c] += alpha * g[c];
-      }
-    }
-  }
-};
-
-struct AntialiasPositionGradient {
-  AntialiasBackwardParams p;
-
+// The gradient through a movable pair's crossing to the ends of its edge: add(vertex, x, y, w).
+template <class Add>
+TEXT3D_HD void position_gradient(const AntialiasBackwardParams& p, int64_t image, const Neighbours& n, const Pair& pair,
+                                 const Add& add) {
+  float d_alpha = 0.f;
+  for (int c = 0; c < p.channels; ++c)
+    d_alpha += p.grad_out[n.target(pair) * p.channels + c] *
+               (p.color[n.second * p.channels + c] - p.color[n.first * p.channels + c]);
+  const Relative a = relative(p, image, pair.a, pair.x0, pair.y0, n.axis);
+  const Relative b = relative(p, image, pair.b, pair.x0, pair.y0, n.axis);
+  const float along = b.along / b.w - a.along / a.w, across_a = a.across / a.w, raw = b.across / b.w - across_a;
+  const bool short_edge = fabsf(raw) < kSmallestSpan;
+  const float span = short_edge ? (raw < 0.f ? -kSmallestSpan : kSmallestSpan) : raw;
+  const float ratio = across_a / span, d_crossing = -d_alpha;  // alpha = +-1/2 - crossing
+  const float d_span = short_edge ? 0.f : d_crossing * ratio * along / span;
+  const float half_width = 0.5f * float(p.width), half_height = 0.5f * float(p.height);
   // d crossing, along and across the pair, to x, y, w of one vertex.
-  TEXT3D_HD void scatter(int64_t image, int32_t vertex, float d_along, float d_across, const Pair& pair, int axis) const {
-    const Relative v = relative(p, image, vertex, pair.x0, pair.y0, axis);
-    const float dx = (axis == 0 ? d_along : d_across) / v.w, dy = (axis == 0 ? d_across : d_along) / v.w;
-    const float x = (axis == 0 ? v.along : v.across) / v.w, y = (axis == 0 ? v.across : v.along) / v.w;
-    const float half_width = 0.5f * float(p.width), half_height = 0.5f * float(p.height);
-    float* g = p.grad_pos + ((p.pos_batch > 1 ? image * p.vertices : 0) + vertex) * 4;
-    atomic_add(g, p.boost * dx * half_width);
-    atomic_add(g + 1, p.boost * dy * half_height);
-    atomic_add(g + 3, p.boost * (dx * (half_width - pair.x0 - x) + dy * (half_height - pair.y0 - y)));
-  }
-
-  TEXT3D_HD void operator()(int64_t i) const {
-    const int64_t column = i % p.width, row = i / p.width % p.height, image = i / (p.width * p.height);
-    for (int axis = 0; axis < 2; ++axis) {
-      if (axis == 0 ? column + 1 >= p.width : row + 1 >= p.height) continue;
-      const Pair pair = blend(p, image, row, column, axis);
-      if (!pair.movable) continue;
-      const int64_t second = i + (axis == 0 ? 1 : p.width), target = pair.alpha > 0.f ? i : second;
-      float d_alpha = 0.f;
-      for (int c = 0; c < p.channels; ++c)
-        d_alpha += p.grad_out[target * p.channels + c] * (p.color[second * p.channels + c] - p.color[i * p.channels + c]);
-      const Relative a = relative(p, image, pair.a, pair.x0, pair.y0, axis), b = relative(p, image, pair.b, pair.x0, pair.y0, axis);
-      const float along = b.along / b.w - a.along / a.w, across_a = a.across / a.w, raw = b.across / b.w - across_a;
-      const bool short_edge = fabsf(raw) < kSmallestSpan;
-      const float span = short_edge ? (raw < 0.f ? -kSmallestSpan : kSmallestSpan) : raw;
-      const float ratio = across_a / span, d_crossing = -d_alpha;  // alpha = +-1/2 - crossing
-      const float d_span = short_edge ? 0.f : d_crossing * ratio * along / span;
-      scatter(image, pair.a, d_crossing * (1.f + ratio), -d_crossing * along / span - d_span, pair, axis);
-      scatter(image, pair.b, -d_crossing * ratio, d_span, pair, axis);
-    }
-  }
-};
+  const auto scatter = [&](int32_t vertex, const Relative& v, float d_along, float d_across) {
+    const float dx = (n.axis == 0 ? d_along : d_across) / v.w, dy = (n.axis == 0 ? d_across : d_along) / v.w;
+    const float x = (n.axis == 0 ? v.along : v.across) / v.w, y = (n.axis == 0 ? v.across : v.along) / v.w;
+    add(vertex, p.boost * dx * half_width, p.boost * dy * half_height,
+        p.boost * (dx * (half_width - pair.x0 - x) + dy * (half_height - pair.y0 - y)));
+  };
+  scatter(pair.a, a, d_crossing * (1.f + ratio), -d_crossing * along / span - d_span);
+  scatter(pair.b, b, -d_crossing * ratio, d_span);
+}
 
 }  // namespace TEXT3D_ISA
 }  // namespace text3d

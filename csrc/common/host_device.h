@@ -123,6 +123,7 @@ TEXT3D_HD void atomic_min(int64_t* target, int64_t value) {
 
 TEXT3D_HD float min_of(float a, float b) { return a < b ? a : b; }
 TEXT3D_HD float max_of(float a, float b) { return a > b ? a : b; }
+TEXT3D_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 TEXT3D_HD float clamp(float x, float low, float high) { return min_of(max_of(x, low), high); }
 
 }  // namespace TEXT3D_ISA

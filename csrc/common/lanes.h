@@ -6,7 +6,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "common/host_device.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -33,11 +33,19 @@ inline Floats load_lanes(const float* from) {
   return lanes;
 }
 
+inline Ints load_lanes(const int32_t* from) {
+  Ints lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store_lanes(int32_t* to, Ints lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 inline void store_lanes(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
 inline Floats min_of(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max_of(Floats a, Floats b) { return a > b ? a : b; }
 inline Uints min_of(Uints a, Uints b) { return a < b ? a : b; }
+inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
 inline bool any(Ints mask) {
 #if defined(__AVX512F__)
@@ -49,6 +57,64 @@ inline bool any(Ints mask) {
   for (int lane = 0; lane < kLanes; ++lane) seen |= mask[lane];
   return seen != 0;
 #endif
+}
+
+// Four vectors of lanes a, b, c, d as rows (a, b, c, d) and back: within each four lanes, a 4 x 4 transposition.
+inline void transpose4(Floats& a, Floats& b, Floats& c, Floats& d) {
+#if defined(__AVX512F__)
+  const __m512 ab0 = _mm512_unpacklo_ps((__m512)a, (__m512)b), ab1 = _mm512_unpackhi_ps((__m512)a, (__m512)b);
+  const __m512 cd0 = _mm512_unpacklo_ps((__m512)c, (__m512)d), cd1 = _mm512_unpackhi_ps((__m512)c, (__m512)d);
+  a = (Floats)_mm512_shuffle_ps(ab0, cd0, 0x44), b = (Floats)_mm512_shuffle_ps(ab0, cd0, 0xee);
+  c = (Floats)_mm512_shuffle_ps(ab1, cd1, 0x44), d = (Floats)_mm512_shuffle_ps(ab1, cd1, 0xee);
+#elif defined(__AVX2__)
+  const __m256 ab0 = _mm256_unpacklo_ps((__m256)a, (__m256)b), ab1 = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  const __m256 cd0 = _mm256_unpacklo_ps((__m256)c, (__m256)d), cd1 = _mm256_unpackhi_ps((__m256)c, (__m256)d);
+  a = (Floats)_mm256_shuffle_ps(ab0, cd0, 0x44), b = (Floats)_mm256_shuffle_ps(ab0, cd0, 0xee);
+  c = (Floats)_mm256_shuffle_ps(ab1, cd1, 0x44), d = (Floats)_mm256_shuffle_ps(ab1, cd1, 0xee);
+#elif defined(__SSE2__)
+  __m128 rows[4] = {(__m128)a, (__m128)b, (__m128)c, (__m128)d};
+  _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+  a = (Floats)rows[0], b = (Floats)rows[1], c = (Floats)rows[2], d = (Floats)rows[3];
+#else
+  const Floats from[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) a[i] = from[i][0], b[i] = from[i][1], c[i] = from[i][2], d[i] = from[i][3];
+#endif
+}
+
+// Four floats from each lane's address, and to it.
+inline void load_rows(const float* const from[kLanes], Floats& x, Floats& y, Floats& z, Floats& w) {
+  Floats* const parts[4] = {&x, &y, &z, &w};
+  for (int part = 0; part < 4; ++part) {
+#if defined(__AVX512F__)
+    __m512 rows = _mm512_castps128_ps512(_mm_loadu_ps(from[part]));
+    rows = _mm512_insertf32x4(rows, _mm_loadu_ps(from[4 + part]), 1);
+    rows = _mm512_insertf32x4(rows, _mm_loadu_ps(from[8 + part]), 2);
+    *parts[part] = (Floats)_mm512_insertf32x4(rows, _mm_loadu_ps(from[12 + part]), 3);
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(from[part]));
+    *parts[part] = (Floats)_mm256_insertf128_ps(low, _mm_loadu_ps(from[4 + part]), 1);
+#else
+    *parts[part] = load_lanes(from[part]);
+#endif
+  }
+  transpose4(x, y, z, w);
+}
+inline void store_rows(float (*to)[4], Floats x, Floats y, Floats z, Floats w) {
+  transpose4(x, y, z, w);
+  const Floats parts[4] = {x, y, z, w};
+  for (int part = 0; part < 4; ++part) {
+#if defined(__AVX512F__)
+    _mm_storeu_ps(to[part], _mm512_castps512_ps128((__m512)parts[part]));
+    _mm_storeu_ps(to[4 + part], _mm512_extractf32x4_ps((__m512)parts[part], 1));
+    _mm_storeu_ps(to[8 + part], _mm512_extractf32x4_ps((__m512)parts[part], 2));
+    _mm_storeu_ps(to[12 + part], _mm512_extractf32x4_ps((__m512)parts[part], 3));
+#elif defined(__AVX2__)
+    _mm_storeu_ps(to[part], _mm256_castps256_ps128((__m256)parts[part]));
+    _mm_storeu_ps(to[4 + part], _mm256_extractf128_ps((__m256)parts[part], 1));
+#else
+    store_lanes(to[part], parts[part]);
+#endif
+  }
 }
 
 // Half-precision bits in the low 16 bits of each lane.

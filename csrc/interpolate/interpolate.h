@@ -42,61 +42,70 @@ struct InterpolateBackwardParams {
 
 namespace TEXT3D_ISA {
 
-// The corners' attributes seen by pixel i of all images; null pointers at the background.
+enum PixelTrouble : int32_t { kNoTrouble = 0, kBadId = 1, kBadVertex = 2 };
+
+// The corners' attributes seen by pixel i of all images; null pointers at the background and where an index is out of range.
 struct PixelCorners {
   const float* attr[3];
   int32_t vertices[3];
+  int32_t trouble;
   template <class Params>
-  TEXT3D_HD PixelCorners(const Params& p, int64_t i) {
+  TEXT3D_HD PixelCorners(const Params& p, int64_t i, int32_t attributes) {
     const int32_t id = decode_triangle_id(p.rast[4 * i + 3]);
-    attr[0] = attr[1] = attr[2] = nullptr;
+    attr[0] = attr[1] = attr[2] = nullptr, trouble = id < p.triangles ? kNoTrouble : kBadId;
     if (id < 0 || id >= p.triangles) return;
-    const int64_t first = p.shared ? 0 : i / p.pixels * p.vertices;
-    for (int k = 0; k < 3; ++k) {
-      const int32_t v = p.tri[3 * int64_t(id) + k];
-      if (uint64_t(v) >= uint64_t(p.vertices)) {
-        attr[0] = nullptr;
-        return;
-      }
-      vertices[k] = v, attr[k] = p.attr + (first + v) * p.attributes;
+    for (int k = 0; k < 3; ++k) vertices[k] = p.tri[3 * int64_t(id) + k];
+    const uint64_t count = uint64_t(p.vertices);
+    if ((uint64_t(vertices[0]) >= count) | (uint64_t(vertices[1]) >= count) | (uint64_t(vertices[2]) >= count)) {
+      trouble = kBadVertex;
+      return;
     }
+    const int64_t first = p.shared ? 0 : i / p.pixels * p.vertices;
+    for (int k = 0; k < 3; ++k) attr[k] = p.attr + (first + vertices[k]) * attributes;
   }
   TEXT3D_HD bool background() const { return !attr[0]; }
 };
 
+// One pixel's values; returns its PixelTrouble. kAttributes: their number, if known when this is compiled, otherwise 0.
+template <int kAttributes>
 struct InterpolateForwardPixel {
   InterpolateForwardParams p;
-  TEXT3D_HD void operator()(int64_t i) const {
-    float* out = p.out + i * p.attributes;
+  TEXT3D_HD int32_t operator()(int64_t i) const {
+    const int32_t attributes = kAttributes ? kAttributes : p.attributes;
+    float* out = p.out + i * attributes;
     float* da = p.out_da + i * 2 * p.derivatives;
-    const PixelCorners corners(p, i);
+    const PixelCorners corners(p, i, attributes);
     if (corners.background()) {
-      for (int32_t c = 0; c < p.attributes; ++c) out[c] = 0.f;
+      for (int32_t c = 0; c < attributes; ++c) out[c] = 0.f;
       for (int32_t c = 0; c < 2 * p.derivatives; ++c) da[c] = 0.f;
-      return;
+      return corners.trouble;
     }
     const float u = p.rast[4 * i], v = p.rast[4 * i + 1], w = 1.f - u - v;
     const float *a0 = corners.attr[0], *a1 = corners.attr[1], *a2 = corners.attr[2];
-    for (int32_t c = 0; c < p.attributes; ++c) out[c] = u * a0[c] + v * a1[c] + w * a2[c];
+    for (int32_t c = 0; c < attributes; ++c) out[c] = u * a0[c] + v * a1[c] + w * a2[c];
     const float* db = p.rast_db + 4 * i;
     for (int32_t d = 0; d < p.derivatives; ++d) {
       const int32_t c = p.chosen ? p.chosen[d] : d;
       const float along_u = a0[c] - a2[c], along_v = a1[c] - a2[c];
       da[2 * d] = along_u * db[0] + along_v * db[2], da[2 * d + 1] = along_u * db[1] + along_v * db[3];
     }
+    return kNoTrouble;
   }
 };
 
 // Gradients of one pixel: to u, v and rast_db here; to the corners through add(corner, attribute, value).
+template <int kAttributes>
 struct InterpolateBackwardPixel {
   InterpolateBackwardParams p;
+  TEXT3D_HD int32_t attributes() const { return kAttributes ? kAttributes : p.attributes; }
   template <class Add>
   TEXT3D_HD void operator()(int64_t i, const PixelCorners& corners, const Add& add) const {
     const float u = p.rast[4 * i], v = p.rast[4 * i + 1], w = 1.f - u - v;
     const float *a0 = corners.attr[0], *a1 = corners.attr[1], *a2 = corners.attr[2];
     float gu = 0.f, gv = 0.f;
-    for (int32_t c = 0; c < p.attributes; ++c) {
-      const float g = p.grad_out[i * p.attributes + c];
+    const float* grad_out = p.grad_out + i * attributes();
+    for (int32_t c = 0; c < attributes(); ++c) {
+      const float g = grad_out[c];
       gu += g * (a0[c] - a2[c]), gv += g * (a1[c] - a2[c]);
       add(0, c, u * g), add(1, c, v * g), add(2, c, w * g);
     }

@@ -1,71 +1,73 @@
-#include "common/triangle_sums.h"
+#include "common/corner_sums.h"
+#include "common/lanes.h"
 #include "rasterize/rasterize.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
 namespace {
 
-constexpr int kGradientLanes = 16;
+const float kZeros[4] = {};
 
-// Gradients of up to kGradientLanes pixels that see a triangle, to the corners (x, y, z, w each) of their triangles.
+// Pixels that see a triangle, up to kLanes, and what their gradients to the corners (x, y, z, w each) depend on.
 struct PixelBatch {
-  int32_t count = 0, ids[kGradientLanes];
-  float fx[kGradientLanes], fy[kGradientLanes], corners[3][4][kGradientLanes];
-  float grad[2][kGradientLanes], grad_db[4][kGradientLanes];
+  int32_t count = 0, ids[kLanes];
+  float fx[kLanes], fy[kLanes];
+  const float *corners[3][kLanes], *grad[kLanes], *grad_db[kLanes];
 
   template <class Add>
-  void flush(float scale_x, float scale_y, const Add& add) {
-    float out[9][kGradientLanes];
-#pragma omp simd
-    for (int l = 0; l < kGradientLanes; ++l) {
-      const Corner c0{corners[0][0][l], corners[0][1][l], 0.f, corners[0][3][l]};
-      const Corner c1{corners[1][0][l], corners[1][1][l], 0.f, corners[1][3][l]};
-      const Corner c2{corners[2][0][l], corners[2][1][l], 0.f, corners[2][3][l]};
-      const float db[4] = {grad_db[0][l], grad_db[1][l], grad_db[2][l], grad_db[3][l]};
-      float g[3][3];
-      resolve_gradient(c0, c1, c2, fx[l], fy[l], scale_x, scale_y, grad[0][l], grad[1][l], db, g);
-      for (int k = 0; k < 3; ++k)
-        for (int c = 0; c < 3; ++c) out[3 * k + c][l] = g[k][c];
+  void flush(float scale_x, float scale_y, Add& add) {
+    for (int l = count; l < kLanes; ++l) {
+      for (int k = 0; k < 3; ++k) corners[k][l] = corners[k][0];
+      fx[l] = fy[l] = 0.f, grad[l] = grad_db[l] = kZeros;
     }
+    Corner<Floats> c[3];
+    for (int k = 0; k < 3; ++k) load_rows(corners[k], c[k].x, c[k].y, c[k].z, c[k].w);
+    Floats u, v, unused[2], db[4], g[3][3];
+    load_rows(grad, u, v, unused[0], unused[1]);
+    load_rows(grad_db, db[0], db[1], db[2], db[3]);
+    resolve_gradient(c[0], c[1], c[2], load_lanes(fx), load_lanes(fy), scale_x, scale_y, u, v, db, g);
+    float out[3][kLanes][4];
+    for (int k = 0; k < 3; ++k) store_rows(out[k], g[k][0], g[k][1], Floats{}, g[k][2]);
     for (int l = 0; l < count; ++l) {
       float* sums = add(ids[l]);
-      for (int k = 0; k < 3; ++k) {
-        sums[4 * k] += out[3 * k][l], sums[4 * k + 1] += out[3 * k + 1][l], sums[4 * k + 3] += out[3 * k + 2][l];
-      }
+      for (int k = 0; k < 3; ++k)
+        for (int channel = 0; channel < 4; ++channel) sums[4 * k + channel] += out[k][l][channel];
     }
     count = 0;
   }
 };
 
+bool any_of(const float* values, int count) {
+  bool any = false;
+  for (int i = 0; i < count; ++i) any |= values[i] != 0.f;
+  return any;
+}
+
 }  // namespace
 
 void rasterize_backward(const RasterizeBackwardParams& p) {
-  const int64_t pixels = int64_t(p.height) * p.width;
+  const int64_t pixels = int64_t(p.height) * p.width, stride = p.instanced ? 4 * p.vertices : 0;
   const float width = float(p.width), height = float(p.height), scale_x = 2.f / width, scale_y = 2.f / height;
-  for (int64_t b = 0; b < p.batch && pixels > 0; ++b) {
-    const int64_t own = p.instanced ? b * p.vertices : 0;
-    const float* pos = p.pos + 4 * own;
-    add_to_corners(pixels, p.tri, p.vertices, 4, p.grad_pos + 4 * own, [&](int64_t begin, int64_t end, const auto& add) {
-      PixelBatch batch{};
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = 4 * (b * pixels + i);
-        const int32_t id = decode_triangle_id(p.rast[at + 3]);
-        if (id < 0 || id >= p.triangles) continue;
-        const float* g = p.grad_rast + at;
-        const float* db = p.grad_db ? p.grad_db + at : nullptr;
-        if (g[0] == 0.f && g[1] == 0.f && (!db || (db[0] == 0.f && db[1] == 0.f && db[2] == 0.f && db[3] == 0.f))) continue;
-        const int l = batch.count++;
-        batch.ids[l] = id;
-        batch.fx[l] = pixel_centre(int32_t(i % p.width), width), batch.fy[l] = pixel_centre(int32_t(i / p.width), height);
-        batch.grad[0][l] = g[0], batch.grad[1][l] = g[1];
-        for (int c = 0; c < 4; ++c) batch.grad_db[c][l] = db ? db[c] : 0.f;
-        for (int k = 0; k < 3; ++k)
-          for (int c = 0; c < 4; ++c) batch.corners[k][c][l] = pos[4 * int64_t(p.tri[3 * int64_t(id) + k]) + c];
-        if (batch.count == kGradientLanes) batch.flush(scale_x, scale_y, add);
-      }
-      if (batch.count) batch.flush(scale_x, scale_y, add);
-    });
-  }
+  add_to_corners<4>(p.batch, pixels, p.tri, p.vertices, 4, p.grad_pos, stride,
+                    [&](int64_t image, int64_t begin, int64_t end, auto& add) {
+    const float* pos = p.pos + image * stride;
+    int32_t x = int32_t(begin % p.width), y = int32_t(begin / p.width);
+    PixelBatch batch;
+    for (int64_t i = image * pixels + begin; i < image * pixels + end; ++i, ++x) {
+      if (x == p.width) x = 0, ++y;
+      const int32_t id = decode_triangle_id(p.rast[4 * i + 3]);
+      if (id < 0 || id >= p.triangles) continue;
+      const float* g = p.grad_rast + 4 * i;
+      const float* db = p.grad_db ? p.grad_db + 4 * i : kZeros;
+      if (!(any_of(g, 2) | any_of(db, 4))) continue;
+      const int l = batch.count++;
+      batch.ids[l] = id, batch.fx[l] = pixel_centre(x, width), batch.fy[l] = pixel_centre(y, height);
+      batch.grad[l] = g, batch.grad_db[l] = db;
+      for (int k = 0; k < 3; ++k) batch.corners[k][l] = pos + 4 * int64_t(p.tri[3 * int64_t(id) + k]);
+      if (batch.count == kLanes) batch.flush(scale_x, scale_y, add);
+    }
+    if (batch.count) batch.flush(scale_x, scale_y, add);
+  });
 }
 
 }  // namespace TEXT3D_ISA

@@ -1,6 +1,7 @@
 // Drawing triangles into the keys of a band of rows, on a CPU. Blocks of triangles are set up lane by lane; the pixels of
 // a small triangle are tested in rows of lanes with 32-bit edge functions, those of a large one come from exact spans.
 #pragma once
+#include "common/lanes.h"
 #include "rasterize/rasterize.h"
 
 namespace text3d {
@@ -8,7 +9,7 @@ namespace TEXT3D_ISA {
 namespace {
 
 constexpr int32_t kBlock = 16;                        // triangles set up together
-constexpr int32_t kLanes = 8;                         // pixels drawn together
+constexpr int32_t kSpan = 8;                          // pixels drawn together
 constexpr int32_t kSmallExtent = 64 * kSubpixels;     // edge functions fit 32 bits
 constexpr int32_t kExactExtent = 1 << 25;             // edge functions are exact as doubles
 enum State : int32_t { kCulled, kCrossing, kSmall, kLarge };
@@ -31,7 +32,7 @@ struct Image {
   }
 };
 
-// Keys of rows [begin, end), rows padded by kLanes columns.
+// Keys of rows [begin, end), rows padded by kSpan columns.
 struct Canvas {
   int64_t* keys;
   const int64_t* previous;  // keys that drawn ones must exceed, or null
@@ -85,7 +86,8 @@ struct TriangleBlock {
   static int32_t largest(int32_t a, int32_t b, int32_t c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 };
 
-// SnappedTriangle's arithmetic for a block of small triangles; edge 0 is area - edge 1 - edge 2.
+// SnappedTriangle's arithmetic for a block of small triangles; edge 0 is area - edge 1 - edge 2. Lanes that are not small
+// overflow; they are not drawn, but it must be defined: products and sums of unsigned numbers.
 struct SmallTriangles {
   int32_t area[kBlock], owned[3][kBlock];
   int32_t edge1[kBlock], edge2[kBlock];                      // at the lower left pixel that is drawn
@@ -93,45 +95,47 @@ struct SmallTriangles {
   float z[kBlock], slope1[kBlock], slope2[kBlock];
 
   SmallTriangles(const TriangleBlock& t, int32_t first_row) {
-    for (int32_t l = 0; l < kBlock; ++l) {
+    static_assert(kBlock % kLanes == 0, "whole lanes");
+    for (int32_t l = 0; l < kBlock; l += kLanes) {
       // Relative to the lower left pixel's centre: differences fit 32 bits only if the triangle is small.
-      const int32_t row = t.bottom[l] > first_row ? t.bottom[l] : first_row;
-      const int32_t ox = t.left[l] * kSubpixels + kHalfPixel, oy = row * kSubpixels + kHalfPixel;
-      int32_t x0 = t.x[0][l], x1 = t.x[1][l], x2 = t.x[2][l], y0 = t.y[0][l], y1 = t.y[1][l], y2 = t.y[2][l];
-      float z0 = t.z[0][l], z1 = t.z[1][l], z2 = t.z[2][l];
-      const bool second = (x1 < x0) | ((x1 == x0) & (y1 < y0));
-      const int32_t sx = second ? x1 : x0, sy = second ? y1 : y0;
-      const bool third = (x2 < sx) | ((x2 == sx) & (y2 < sy));
-      rotate(second & !third, third, x0, x1, x2);
-      rotate(second & !third, third, y0, y1, y2);
-      rotate(second & !third, third, z0, z1, z2);
-      const uint32_t doubled = uint32_t(x1 - x0) * uint32_t(y2 - y0) - uint32_t(y1 - y0) * uint32_t(x2 - x0);
-      const bool turned = int32_t(doubled) < 0;
+      const Ints bottom = load_lanes(t.bottom + l), row = bottom > first_row ? bottom : Ints{} + first_row;
+      const Uints ox = Uints(load_lanes(t.left + l) * kSubpixels + kHalfPixel), oy = Uints(row * kSubpixels + kHalfPixel);
+      Ints x0 = load_lanes(t.x[0] + l), x1 = load_lanes(t.x[1] + l), x2 = load_lanes(t.x[2] + l);
+      Ints y0 = load_lanes(t.y[0] + l), y1 = load_lanes(t.y[1] + l), y2 = load_lanes(t.y[2] + l);
+      Floats z0 = load_lanes(t.z[0] + l), z1 = load_lanes(t.z[1] + l), z2 = load_lanes(t.z[2] + l);
+      const Ints second = (x1 < x0) | ((x1 == x0) & (y1 < y0));
+      const Ints sx = second ? x1 : x0, sy = second ? y1 : y0;
+      const Ints third = (x2 < sx) | ((x2 == sx) & (y2 < sy));
+      rotate(second & ~third, third, x0, x1, x2);
+      rotate(second & ~third, third, y0, y1, y2);
+      rotate(second & ~third, third, z0, z1, z2);
+      const Uints doubled = Uints(x1 - x0) * Uints(y2 - y0) - Uints(y1 - y0) * Uints(x2 - x0);
+      const Ints turned = Ints(doubled) < 0;
       swap_if(turned, x1, x2), swap_if(turned, y1, y2), swap_if(turned, z1, z2);
-      area[l] = turned ? int32_t(0u - doubled) : int32_t(doubled);
-      const int32_t dx0 = x2 - x1, dy0 = y2 - y1, dx1 = x0 - x2, dy1 = y0 - y2, dx2 = x1 - x0, dy2 = y1 - y0;
-      owned[0][l] = bias(dx0, dy0), owned[1][l] = bias(dx1, dy1), owned[2][l] = bias(dx2, dy2);
-      edge1[l] = difference(product(dx1, oy - y2), product(dy1, ox - x2));
-      edge2[l] = difference(product(dx2, oy - y0), product(dy2, ox - x0));
-      right1[l] = product(-dy1, kSubpixels), right2[l] = product(-dy2, kSubpixels);
-      up1[l] = product(dx1, kSubpixels), up2[l] = product(dx2, kSubpixels);
-      const float inverse = 1.f / float(area[l]);
-      z[l] = z0, slope1[l] = (z1 - z0) * inverse, slope2[l] = (z2 - z0) * inverse;
+      const Ints twice = turned ? Ints(0u - doubled) : Ints(doubled);
+      const Ints dx0 = x2 - x1, dy0 = y2 - y1, dx1 = x0 - x2, dy1 = y0 - y2, dx2 = x1 - x0, dy2 = y1 - y0;
+      store_lanes(area + l, twice);
+      store_lanes(owned[0] + l, bias(dx0, dy0)), store_lanes(owned[1] + l, bias(dx1, dy1));
+      store_lanes(owned[2] + l, bias(dx2, dy2));
+      store_lanes(edge1 + l, Ints(Uints(dx1) * (oy - Uints(y2)) - Uints(dy1) * (ox - Uints(x2))));
+      store_lanes(edge2 + l, Ints(Uints(dx2) * (oy - Uints(y0)) - Uints(dy2) * (ox - Uints(x0))));
+      store_lanes(right1 + l, Ints(Uints(-dy1) * kSubpixels)), store_lanes(right2 + l, Ints(Uints(-dy2) * kSubpixels));
+      store_lanes(up1 + l, Ints(Uints(dx1) * kSubpixels)), store_lanes(up2 + l, Ints(Uints(dx2) * kSubpixels));
+      const Floats inverse = 1.f / __builtin_convertvector(twice, Floats);
+      store_lanes(z + l, z0), store_lanes(slope1 + l, (z1 - z0) * inverse), store_lanes(slope2 + l, (z2 - z0) * inverse);
     }
   }
-  // Lanes that are not small overflow; they are not drawn, but it must be defined.
-  static int32_t product(int32_t a, int32_t b) { return int32_t(uint32_t(a) * uint32_t(b)); }
-  static int32_t difference(int32_t a, int32_t b) { return int32_t(uint32_t(a) - uint32_t(b)); }
-  static int32_t bias(int32_t dx, int32_t dy) { return (dy < 0) | ((dy == 0) & (dx > 0)) ? 0 : 1; }
+  // 0 where the edge owns the points on it, otherwise 1.
+  static Ints bias(Ints dx, Ints dy) { return 1 + ((dy < 0) | ((dy == 0) & (dx > 0))); }
   template <class T>
-  static void rotate(bool second, bool third, T& a, T& b, T& c) {
+  static void rotate(Ints second, Ints third, T& a, T& b, T& c) {
     const T a0 = a, b0 = b, c0 = c;
     a = second ? b0 : third ? c0 : a0;
     b = second ? c0 : third ? a0 : b0;
     c = second ? a0 : third ? b0 : c0;
   }
   template <class T>
-  static void swap_if(bool yes, T& a, T& b) {
+  static void swap_if(Ints yes, T& a, T& b) {
     const T a0 = a;
     a = yes ? b : a, b = yes ? a0 : b;
   }
@@ -144,22 +148,25 @@ inline void draw_small(const SmallTriangles& t, const TriangleBlock& block, int3
   const int32_t right1 = t.right1[l], right2 = t.right2[l], up1 = t.up1[l], up2 = t.up2[l];
   const int32_t inside0 = t.area[l] - t.owned[0][l], owned1 = t.owned[1][l], owned2 = t.owned[2][l];
   const float z = t.z[l], slope1 = t.slope1[l], slope2 = t.slope2[l];
-  const int64_t id = int64_t(uint32_t(~block.ids[l]));
+  const int32_t id = ~block.ids[l];
   int64_t cell = canvas.cell(block.left[l], begin);
   int32_t row1 = t.edge1[l], row2 = t.edge2[l];
   for (int32_t y = begin; y <= end; ++y, row1 += up1, row2 += up2, cell += canvas.stride) {
-    for (int32_t x = 0; x <= columns; x += kLanes) {
+    for (int32_t x = 0; x <= columns; x += kSpan) {
       int64_t* keys = canvas.keys + cell + x;
       const int64_t* previous = Peeling ? canvas.previous + cell + x : nullptr;
       const int32_t start1 = row1 + x * right1, start2 = row2 + x * right2;
 #pragma omp simd
-      for (int32_t lane = 0; lane < kLanes; ++lane) {
+      for (int32_t lane = 0; lane < kSpan; ++lane) {
         const int32_t e1 = start1 + lane * right1, e2 = start2 + lane * right2;
         const int32_t sign = (inside0 - e1 - e2) | (e1 - owned1) | (e2 - owned2);
         const float depth = SnappedTriangle::clamp_depth((z + float(e1) * slope1) + float(e2) * slope2);
         const int32_t bits = int32_t(float_to_bits(depth));
-        const int64_t key = int64_t(uint64_t(int64_t(bits ^ ((bits >> 31) & 0x7fffffff))) << 32) | id;
-        bool better = (sign >= 0) & (key < keys[lane]);
+        const int32_t outside = sign >> 31, ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+        // kNothing outside, made of 32-bit halves: widening a mask costs more than widening a key
+        const uint32_t high = uint32_t((ordered & ~outside) | (outside & 0x7fffffff)), low = uint32_t(id | outside);
+        const int64_t key = int64_t(uint64_t(high) << 32 | low);
+        bool better = key < keys[lane];
         if (Peeling) better &= key > previous[lane];
         keys[lane] = better ? key : keys[lane];
       }

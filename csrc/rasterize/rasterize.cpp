@@ -1,5 +1,6 @@
 // The image is cut into bands of rows. First, chunks of triangles are sorted into the bands that they touch; then each
 // band is drawn by one thread into keys that fit its cache, without atomics, and resolved while they are still there.
+#include "common/lanes.h"
 #include "rasterize/rasterize.h"
 #include <cstdlib>
 #include <stdexcept>
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int32_t kChunk = 4096;            // triangles sorted into bands at once
 constexpr int64_t kBandBytes = 192 << 10;   // of a band's keys
-constexpr int32_t kResolveLanes = 16;
 
 // The triangles of one chunk, band after band.
 struct Bin {
@@ -68,41 +68,45 @@ bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int6
   return fine;
 }
 
+Floats encode_triangle_ids(Ints ids) {
+  const Floats large = (Floats)(ids + int32_t(0x4a800000 + 1));
+  return ids < (1 << 24) ? __builtin_convertvector(ids + 1, Floats) : large;
+}
+
+// rast and rast_db of the row's pixels [column, column + count), at most kLanes.
 void resolve_pixels(const Image& image, const int64_t* keys, int32_t row, int32_t column, int32_t count, float* rast,
                     float* rast_db) {
-  constexpr int L = kResolveLanes;
-  int32_t ids[L];
-  bool any = false;
-  for (int l = 0; l < L; ++l) {
-    ids[l] = l < count ? key_triangle(keys[l]) : -1;
-    any |= ids[l] >= 0;
-  }
-  if (!any) {
+  Ints ids = {};
+  for (int l = 0; l < kLanes; ++l) ids[l] = l < count ? key_triangle(keys[l]) : -1;
+  const Ints covered = ids >= 0;
+  if (!any(covered)) {
     std::memset(rast, 0, size_t(count) * 16);
     std::memset(rast_db, 0, size_t(count) * 16);
     return;
   }
-  float corners[3][L][4];
-  for (int l = 0; l < L; ++l) {
+  const float* corners[3][kLanes];
+  const float* nothing = image.pos;
+  for (int l = 0; l < kLanes; ++l) {
     const int32_t* vertices = image.tri + 3 * int64_t(ids[l] < 0 ? 0 : ids[l]);
-    for (int k = 0; k < 3; ++k) std::memcpy(corners[k][l], image.pos + 4 * int64_t(ids[l] < 0 ? 0 : vertices[k]), 16);
+    for (int k = 0; k < 3; ++k) corners[k][l] = ids[l] < 0 ? nothing : image.pos + 4 * int64_t(vertices[k]);
   }
-  const float fy = pixel_centre(row, float(image.view.height)), width = float(image.view.width);
-  const float scale_x = 2.f / width, scale_y = 2.f / float(image.view.height);
-  float out[2][L][4];
-#pragma omp simd
-  for (int l = 0; l < L; ++l) {
-    const Corner c0{corners[0][l][0], corners[0][l][1], corners[0][l][2], corners[0][l][3]};
-    const Corner c1{corners[1][l][0], corners[1][l][1], corners[1][l][2], corners[1][l][3]};
-    const Corner c2{corners[2][l][0], corners[2][l][1], corners[2][l][2], corners[2][l][3]};
-    float r[3], db[4];
-    resolve(c0, c1, c2, pixel_centre(column + l, width), fy, scale_x, scale_y, r, db);
-    const bool covered = ids[l] >= 0;
-    out[0][l][0] = covered ? r[0] : 0.f, out[0][l][1] = covered ? r[1] : 0.f;
-    out[0][l][2] = covered ? r[2] : 0.f, out[0][l][3] = covered ? encode_triangle_id(ids[l]) : 0.f;
-    out[1][l][0] = covered ? db[0] : 0.f, out[1][l][1] = covered ? db[1] : 0.f;
-    out[1][l][2] = covered ? db[2] : 0.f, out[1][l][3] = covered ? db[3] : 0.f;
+  Corner<Floats> c[3];
+  for (int k = 0; k < 3; ++k) load_rows(corners[k], c[k].x, c[k].y, c[k].z, c[k].w);
+  const float width = float(image.view.width), height = float(image.view.height);
+  Floats fx, r[3], db[4];
+  for (int l = 0; l < kLanes; ++l) fx[l] = float(2 * (column + l) + 1);
+  resolve(c[0], c[1], c[2], fx / width - 1.f, broadcast(pixel_centre(row, height)), 2.f / width, 2.f / height, r, db);
+  const Floats channel = covered ? encode_triangle_ids(ids) : Floats{};
+  for (Floats& value : r) value = covered ? value : Floats{};
+  for (Floats& value : db) value = covered ? value : Floats{};
+  if (count == kLanes) {
+    store_rows(reinterpret_cast<float(*)[4]>(rast), r[0], r[1], r[2], channel);
+    store_rows(reinterpret_cast<float(*)[4]>(rast_db), db[0], db[1], db[2], db[3]);
+    return;
   }
+  float out[2][kLanes][4];
+  store_rows(out[0], r[0], r[1], r[2], channel);
+  store_rows(out[1], db[0], db[1], db[2], db[3]);
   std::memcpy(rast, out[0], size_t(count) * 16);
   std::memcpy(rast_db, out[1], size_t(count) * 16);
 }
@@ -111,7 +115,7 @@ void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t 
                const int64_t* previous, int64_t* keys_out, float* rast, float* rast_db) {
   const int32_t begin = band << bands.shift, width = image.view.width;
   const int32_t end = begin + (1 << bands.shift) < image.view.height ? begin + (1 << bands.shift) : image.view.height;
-  Canvas canvas{scratch, nullptr, width + kLanes, begin, end};
+  Canvas canvas{scratch, nullptr, width + kSpan, begin, end};
   const int64_t cells = int64_t(end - begin) * canvas.stride;
   for (int64_t i = 0; i < cells; ++i) scratch[i] = kNothing;
   if (previous) {
@@ -138,19 +142,25 @@ void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t 
     const int64_t* row = canvas.keys + int64_t(y - begin) * canvas.stride;
     const int64_t pixel = int64_t(y) * width;
     if (keys_out) std::memcpy(keys_out + pixel, row, size_t(width) * 8);
-    for (int32_t x = 0; x < width; x += kResolveLanes)
-      resolve_pixels(image, row + x, y, x, width - x < kResolveLanes ? width - x : kResolveLanes, rast + 4 * (pixel + x),
+    for (int32_t x = 0; x < width; x += kLanes)
+      resolve_pixels(image, row + x, y, x, width - x < kLanes ? width - x : kLanes, rast + 4 * (pixel + x),
                      rast_db + 4 * (pixel + x));
   }
 }
 
-void snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
+// Returns false if a coordinate is NaN or infinite.
+bool snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
+  bool fine = true;
   parallel_for(count, 8192, [&](int64_t begin, int64_t end) {
+    bool finite = true;
     for (int64_t i = begin; i < end; ++i) {
       const float x = pos[4 * i], y = pos[4 * i + 1], z = pos[4 * i + 2], w = pos[4 * i + 3];
       snapped[i] = snap(x, y, z, w, outcode(x, y, z, w, view.guard), view);
+      finite &= is_finite(x, y, z, w);
     }
+    if (!finite) __atomic_store_n(&fine, false, __ATOMIC_RELAXED);
   });
+  return fine;
 }
 
 }  // namespace
@@ -160,7 +170,8 @@ void rasterize_forward(const RasterizeForwardParams& p) {
   if (pixels == 0 || p.batch == 0) return;
   const Viewport view(p.height, p.width);
   const Bands bands(view);
-  snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped);
+  if (!snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped))
+    throw std::invalid_argument("pos: expected finite coordinates, got NaN or infinity");
   const int64_t most = p.ranges ? p.largest_count : p.triangles;
   Bin* bins = new Bin[size_t((most + kChunk - 1) / kChunk)];
   bool fine = true;
@@ -173,7 +184,7 @@ void rasterize_forward(const RasterizeForwardParams& p) {
         __atomic_store_n(&fine, false, __ATOMIC_RELAXED);
     });
     if (fine) parallel_for(bands.count, 1, [&](int64_t band, int64_t) {
-      const size_t cells = (size_t(view.width) + kLanes) << bands.shift;
+      const size_t cells = (size_t(view.width) + kSpan) << bands.shift;
       int64_t* scratch = static_cast<int64_t*>(std::malloc(cells * (p.previous ? 16 : 8)));
       draw_band(image, bands, bins, chunks, int32_t(band), scratch, p.previous ? p.previous + b * pixels : nullptr,
                 p.keys ? p.keys + b * pixels : nullptr, p.rast + 4 * b * pixels, p.rast_db + 4 * b * pixels);

@@ -189,7 +189,7 @@ __global__ void draw_large(Scene scene) {
   }
 }
 
-TEXT3D_HD Corner load_corner(const float* p) { return {p[0], p[1], p[2], p[3]}; }
+TEXT3D_HD Corner<float> load_corner(const float* p) { return {p[0], p[1], p[2], p[3]}; }
 
 struct ResolvePixel {
   Scene scene;

@@ -48,16 +48,24 @@ namespace TEXT3D_ISA {
 constexpr float kMinimumDenominator = 1e-6f;  // of gradients
 
 TEXT3D_HD float pixel_centre(int32_t pixel, float size) { return float(2 * pixel + 1) / size - 1.f; }
-TEXT3D_HD float safe_reciprocal(float x) { return x != 0.f ? 1.f / x : 0.f; }
-TEXT3D_HD float unit_clamp(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
 
-struct Corner { float x, y, z, w; };
+// Number: float, or lanes of them on a CPU (common/lanes.h).
+template <class Number>
+TEXT3D_HD Number safe_reciprocal(Number x) { return select(x != 0.f, 1.f / x, Number{}); }
+template <class Number>
+TEXT3D_HD Number clamp_between(Number x, float low, float high) {
+  return min_of(max_of(x, Number{} + low), Number{} + high);
+}
+
+template <class Number>
+struct Corner { Number x, y, z, w; };
 
 // The homogeneous edge functions at a pixel and their slopes in fx and fy.
+template <class Number>
 struct Barycentrics {
-  float qx[3], qy[3], w[3];
-  float a[3], slope_x[3], slope_y[3];
-  TEXT3D_HD Barycentrics(const Corner& c0, const Corner& c1, const Corner& c2, float fx, float fy) {
+  Number qx[3], qy[3], w[3];
+  Number a[3], slope_x[3], slope_y[3];
+  TEXT3D_HD Barycentrics(const Corner<Number>& c0, const Corner<Number>& c1, const Corner<Number>& c2, Number fx, Number fy) {
     w[0] = c0.w, w[1] = c1.w, w[2] = c2.w;
     qx[0] = c0.x - fx * c0.w, qx[1] = c1.x - fx * c1.w, qx[2] = c2.x - fx * c2.w;
     qy[0] = c0.y - fy * c0.w, qy[1] = c1.y - fy * c1.w, qy[2] = c2.y - fy * c2.w;
@@ -68,50 +76,54 @@ struct Barycentrics {
       slope_y[k] = w[i] * qx[j] - w[j] * qx[i];
     }
   }
-  TEXT3D_HD float sum() const { return a[0] + a[1] + a[2]; }
-  TEXT3D_HD float sum_slope_x() const { return slope_x[0] + slope_x[1] + slope_x[2]; }
-  TEXT3D_HD float sum_slope_y() const { return slope_y[0] + slope_y[1] + slope_y[2]; }
+  TEXT3D_HD Number sum() const { return a[0] + a[1] + a[2]; }
+  TEXT3D_HD Number sum_slope_x() const { return slope_x[0] + slope_x[1] + slope_x[2]; }
+  TEXT3D_HD Number sum_slope_y() const { return slope_y[0] + slope_y[1] + slope_y[2]; }
 };
 
 // rast and rast_db of a covered pixel, all but the id.
-TEXT3D_HD void resolve(const Corner& c0, const Corner& c1, const Corner& c2, float fx, float fy, float scale_x,
-                       float scale_y, float rast[3], float db[4]) {
-  const Barycentrics b(c0, c1, c2, fx, fy);
-  const float inverse = safe_reciprocal(b.sum());
-  const float u = b.a[0] * inverse, v = b.a[1] * inverse;
-  const float sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y(), sx = inverse * scale_x, sy = inverse * scale_y;
+template <class Number>
+TEXT3D_HD void resolve(const Corner<Number>& c0, const Corner<Number>& c1, const Corner<Number>& c2, Number fx, Number fy,
+                       float scale_x, float scale_y, Number rast[3], Number db[4]) {
+  const Barycentrics<Number> b(c0, c1, c2, fx, fy);
+  const Number inverse = safe_reciprocal(b.sum());
+  const Number u = b.a[0] * inverse, v = b.a[1] * inverse;
+  const Number sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y(), sx = inverse * scale_x, sy = inverse * scale_y;
   db[0] = (b.slope_x[0] - u * sum_x) * sx, db[1] = (b.slope_y[0] - u * sum_y) * sy;
   db[2] = (b.slope_x[1] - v * sum_x) * sx, db[3] = (b.slope_y[1] - v * sum_y) * sy;
-  const float u1 = unit_clamp(u), v1 = unit_clamp(v), total = u1 + v1, shrink = total > 1.f ? 1.f / total : 1.f;
-  const float depth = (c0.z * b.a[0] + c1.z * b.a[1] + c2.z * b.a[2]) *
+  const Number u1 = clamp_between(u, 0.f, 1.f), v1 = clamp_between(v, 0.f, 1.f);
+  const Number shrink = 1.f / max_of(u1 + v1, Number{} + 1.f);
+  const Number depth = (c0.z * b.a[0] + c1.z * b.a[1] + c2.z * b.a[2]) *
                       safe_reciprocal(c0.w * b.a[0] + c1.w * b.a[1] + c2.w * b.a[2]);
-  rast[0] = u1 * shrink, rast[1] = v1 * shrink, rast[2] = SnappedTriangle::clamp_depth(depth);
+  rast[0] = u1 * shrink, rast[1] = v1 * shrink, rast[2] = clamp_between(depth, -1.f, 1.f);
 }
 
 // Gradients to x, y, w of the three corners, of the unclamped formulae.
-TEXT3D_HD void resolve_gradient(const Corner& c0, const Corner& c1, const Corner& c2, float fx, float fy, float scale_x,
-                                float scale_y, float grad_u, float grad_v, const float grad_db[4], float grad[3][3]) {
-  const Barycentrics b(c0, c1, c2, fx, fy);
-  float sum = b.sum();
-  sum = fabsf(sum) < kMinimumDenominator ? copysignf(kMinimumDenominator, sum) : sum;
-  const float inverse = 1.f / sum, u = b.a[0] * inverse, v = b.a[1] * inverse;
-  const float sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y();
+template <class Number>
+TEXT3D_HD void resolve_gradient(const Corner<Number>& c0, const Corner<Number>& c1, const Corner<Number>& c2, Number fx,
+                                Number fy, float scale_x, float scale_y, Number grad_u, Number grad_v,
+                                const Number grad_db[4], Number grad[3][3]) {
+  const Barycentrics<Number> b(c0, c1, c2, fx, fy);
+  Number sum = b.sum();
+  sum = select(sum < 0.f, min_of(sum, Number{} - kMinimumDenominator), max_of(sum, Number{} + kMinimumDenominator));
+  const Number inverse = 1.f / sum, u = b.a[0] * inverse, v = b.a[1] * inverse;
+  const Number sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y();
   // du/dX = (slope_x_0 - u sum_x) / S * scale_x, and so on.
-  const float gux = grad_db[0] * scale_x * inverse, guy = grad_db[1] * scale_y * inverse;
-  const float gvx = grad_db[2] * scale_x * inverse, gvy = grad_db[3] * scale_y * inverse;
-  const float gu = grad_u - gux * sum_x - guy * sum_y, gv = grad_v - gvx * sum_x - gvy * sum_y;
-  const float g_sum_x = -(gux * u + gvx * v), g_sum_y = -(guy * u + gvy * v);
-  const float g_inverse_over = gux * (b.slope_x[0] - u * sum_x) + guy * (b.slope_y[0] - u * sum_y) +
+  const Number gux = grad_db[0] * scale_x * inverse, guy = grad_db[1] * scale_y * inverse;
+  const Number gvx = grad_db[2] * scale_x * inverse, gvy = grad_db[3] * scale_y * inverse;
+  const Number gu = grad_u - gux * sum_x - guy * sum_y, gv = grad_v - gvx * sum_x - gvy * sum_y;
+  const Number g_sum_x = -(gux * u + gvx * v), g_sum_y = -(guy * u + gvy * v);
+  const Number g_inverse_over = gux * (b.slope_x[0] - u * sum_x) + guy * (b.slope_y[0] - u * sum_y) +
                                gvx * (b.slope_x[1] - v * sum_x) + gvy * (b.slope_y[1] - v * sum_y);
-  const float g_sum = -inverse * (gu * u + gv * v + g_inverse_over);
-  const float ga[3] = {gu * inverse + g_sum, gv * inverse + g_sum, g_sum};
-  const float gsx[3] = {gux + g_sum_x, gvx + g_sum_x, g_sum_x}, gsy[3] = {guy + g_sum_y, gvy + g_sum_y, g_sum_y};
+  const Number g_sum = -inverse * (gu * u + gv * v + g_inverse_over);
+  const Number ga[3] = {gu * inverse + g_sum, gv * inverse + g_sum, g_sum};
+  const Number gsx[3] = {gux + g_sum_x, gvx + g_sum_x, g_sum_x}, gsy[3] = {guy + g_sum_y, gvy + g_sum_y, g_sum_y};
   TEXT3D_UNROLL for (int n = 0; n < 3; ++n) {
     // Corner n is the first factor (i) of edge k = n + 2 and the second (j) of edge k = n + 1.
     const int as_i = (n + 2) % 3, as_j = (n + 1) % 3, next = (n + 1) % 3, before = (n + 2) % 3;
-    const float gx = ga[as_i] * b.qy[next] - ga[as_j] * b.qy[before] + gsy[as_j] * b.w[before] - gsy[as_i] * b.w[next];
-    const float gy = ga[as_j] * b.qx[before] - ga[as_i] * b.qx[next] + gsx[as_i] * b.w[next] - gsx[as_j] * b.w[before];
-    const float gw = gsx[as_j] * b.qy[before] - gsx[as_i] * b.qy[next] + gsy[as_i] * b.qx[next] - gsy[as_j] * b.qx[before];
+    const Number gx = ga[as_i] * b.qy[next] - ga[as_j] * b.qy[before] + gsy[as_j] * b.w[before] - gsy[as_i] * b.w[next];
+    const Number gy = ga[as_j] * b.qx[before] - ga[as_i] * b.qx[next] + gsx[as_i] * b.w[next] - gsx[as_j] * b.w[before];
+    const Number gw = gsx[as_j] * b.qy[before] - gsx[as_i] * b.qy[next] + gsy[as_i] * b.qx[next] - gsy[as_j] * b.qx[before];
     grad[n][0] = gx, grad[n][1] = gy, grad[n][2] = gw - fx * gx - fy * gy;
   }
 }

@@ -32,14 +32,17 @@ struct Viewport {
   }
 };
 
+TEXT3D_HD bool is_finite(float x, float y, float z, float w) {
+  const float large = 3.4028234663852886e38f;  // NaN fails the comparisons too
+  return (fabsf(x) <= large) & (fabsf(y) <= large) & (fabsf(z) <= large) & (fabsf(w) <= large);
+}
+
 TEXT3D_HD uint32_t outcode(float x, float y, float z, float w, float guard) {
   const float wide = guard * w;
   uint32_t code = uint32_t(!(z + w >= 0.f)) | uint32_t(!(w - z >= 0.f)) << 1 | uint32_t(!(wide - x >= 0.f)) << 2 |
                   uint32_t(!(wide + x >= 0.f)) << 3 | uint32_t(!(wide - y >= 0.f)) << 4 |
                   uint32_t(!(wide + y >= 0.f)) << 5;
-  const float large = 3.4028234663852886e38f;  // NaN fails the comparisons too
-  const bool finite = (fabsf(x) <= large) & (fabsf(y) <= large) & (fabsf(z) <= large) & (fabsf(w) <= large);
-  return finite & ((code != 0) | (w >= kMinimumW)) ? code : kInvalid;
+  return is_finite(x, y, z, w) & ((code != 0) | (w >= kMinimumW)) ? code : kInvalid;
 }
 
 TEXT3D_HD SnappedVertex snap(float x, float y, float z, float w, uint32_t code, const Viewport& view) {

@@ -3,10 +3,11 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_indices, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.reference.antialias import antialias as reference_antialias
 from text3d_fast.reference.antialias import opposite_vertices
+from text3d_fast.reference.rasterize import decode_triangle_ids
 
 backends.declare("antialias")
 
@@ -34,10 +35,12 @@ def antialias(
     color: float32 [B, H, W, C]; rast, pos, tri: as given to and returned by `rasterize` (pos [B, V, 4] or [V, 4]).
     topology: `antialias_topology(tri)`, computed here if None. pos_gradient_boost multiplies the gradient to pos.
     Returns [B, H, W, C]. Gradients to color, and to x, y, w of pos through the blend weights: this is what moves a
-    silhouette. Only edges of triangles that cover a pixel centre are seen: where the triangles at a silhouette are
-    thinner than a pixel, it passes no gradient. None to rast. First order; on a CPU bitwise deterministic. No
-    host synchronization with a topology.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices, and on a CPU for vertex indices out of range.
+    silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
+    Only triangles that cover a pixel centre can be blended: a silhouette whose triangles are thinner than a pixel and
+    fall between the centres is neither smoothed nor does it pass a gradient (as in the method's original).
+    Raises ValueError or TypeError for wrong shapes, dtypes and devices, on a CPU also for triangles of rast and vertices
+    of tri and topology out of range, as far as pixels see them; on CUDA such pairs are not blended, or raise if the
+    environment has TEXT3D_CHECK=1.
     """
     require_tensor("rast", rast, ("batch", "height", "width", 4))
     backend = backends.choose("antialias", rast.device)
@@ -52,8 +55,10 @@ def antialias(
         topology = antialias_topology(tri)
     require_tensor("topology", topology, tuple(tri.shape), torch.int32)
     require_same_device(rast=rast, color=color, pos=pos, tri=tri, topology=topology)
-    if tri.device.type == "cpu" and tri.numel() and (tri.min() < 0 or tri.max() >= pos.shape[-2]):
-        raise ValueError(f"tri: expected indices in [0, {pos.shape[-2]}), got {tri.min()} to {tri.max()}")
+    if backend == "reference" or (native.runs_cuda_source(tri.device) and check_values()):
+        require_indices("tri", tri, pos.shape[-2])
+        require_indices("topology", topology, pos.shape[-2], -1)
+        require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
     if backend == "reference":
         return reference_antialias(color, rast, pos.expand(batch, -1, -1) if pos.dim() == 3 else pos, tri, topology,
                                    pos_gradient_boost)

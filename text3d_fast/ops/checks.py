@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: each error names the argument, what was expected and what came."""
 
+import os
+
 import torch
 
 
@@ -28,3 +30,21 @@ def require_same_device(**tensors: torch.Tensor | None) -> torch.device:
         if tensor.device != reference.device:
             raise ValueError(f"{name}: expected device {reference.device} like {first}, got {tensor.device}")
     return reference.device
+
+
+def check_values() -> bool:
+    """Does the environment ask for checks of values on a GPU, at the price of a synchronization (TEXT3D_CHECK=1)?"""
+    return os.environ.get("TEXT3D_CHECK") == "1"
+
+
+def require_indices(name: str, indices: torch.Tensor, count: int, lowest: int = 0) -> None:
+    """Raise ValueError unless all indices are from `lowest` to count - 1. Synchronizes with the device."""
+    if indices.numel() and (int(indices.min()) < lowest or int(indices.max()) >= count):
+        raise ValueError(f"{name}: expected indices from {lowest} to {count - 1}, "
+                         f"got {int(indices.min())} to {int(indices.max())}")
+
+
+def require_finite(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError if a number is NaN or infinite. Synchronizes with the device."""
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity")

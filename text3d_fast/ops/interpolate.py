@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_indices, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.reference.interpolate import interpolate as reference_interpolate
 from text3d_fast.reference.rasterize import decode_triangle_ids
@@ -28,8 +28,9 @@ def interpolate(
     (d/dX, d/dY) for each attribute in turn; 0 at the background. Without diff_attrs the latter has no channels.
     Gradients to attr, u and v of rast, and rast_db; first order only; reproducible as those of rasterize.
     Kept for the backward pass: the inputs.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices or diff_attrs. Pixels whose triangle or vertices do
-    not exist are background.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices or diff_attrs, on a CPU also for triangles of rast
+    and vertices of tri that do not exist, as far as pixels see them; on CUDA such pixels are background, or raise if the
+    environment has TEXT3D_CHECK=1.
     """
     dtypes = ()
     if isinstance(attr, torch.Tensor) and backends.choose("interpolate", attr.device) != "reference":
@@ -82,6 +83,9 @@ def _sizes(attr, rast, tri, diff_attrs):
 def _forward(attr, rast, tri, rast_db, diff_attrs):
     attr, rast, tri = attr.contiguous(), rast.contiguous(), tri.contiguous()
     rast_db = None if rast_db is None else rast_db.contiguous()
+    if native.runs_cuda_source(attr.device) and check_values():
+        require_indices("tri", tri, attr.shape[-2])
+        require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
     out, out_da = _fake_forward(attr, rast, tri, rast_db, diff_attrs)
     native.call("interpolate_forward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), out, out_da,
                 *_sizes(attr, rast, tri, diff_attrs))

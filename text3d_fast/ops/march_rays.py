@@ -1,13 +1,12 @@
 """Sampling rays where an occupancy grid says there may be something."""
 
 import math
-import os
 from typing import Protocol
 
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.reference.march_rays import march_rays as reference_march_rays
@@ -110,9 +109,9 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
 
     call("march_rays_count", capacity)
     exact = capacity < 0
-    if exact or on_cpu or os.environ.get("TEXT3D_CHECK") == "1":
+    if exact or on_cpu or check_values():
         found, not_finite, too_many_steps, too_many_samples = info.tolist()
-        if not_finite and (on_cpu or os.environ.get("TEXT3D_CHECK") == "1"):
+        if not_finite and (on_cpu or check_values()):
             raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, and jitter in "
                              "[0, 1); some ray has other values")
         if too_many_steps:

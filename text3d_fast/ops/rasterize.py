@@ -1,11 +1,9 @@
 """Triangle rasterization with exact visibility, and depth peeling."""
 
-import os
-
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_finite, require_indices, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.reference import rasterize as reference
 
@@ -32,14 +30,14 @@ def rasterize(
 
     No face is culled; all are clipped to the near and far planes, so w <= 0 is fine. Coverage is watertight: vertices
     are snapped to 1/256 pixel, and of two triangles at an edge exactly one owns a pixel centre on it. The nearest
-    triangle is seen, on a tie the last; identical on every device and run. Triangles with a NaN or infinite vertex are
-    not drawn.
+    triangle is seen, on a tie the last; identical on every device and run.
     Gradients: from u, v and rast_db to x, y, w of pos (of the formulae without the clamps, denominators at least 1e-6);
     z/w and the index pass none. First order only. Reproducible bit for bit on a CPU, and on CUDA under
     torch.use_deterministic_algorithms(True). No host synchronization on CUDA.
     Scratch: 16 bytes a vertex, and on CUDA 8 a pixel and 8 a triangle and image. Kept for the backward pass: rast.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices and ranges, on a CPU also for vertex indices out of
-    range; on CUDA such triangles are not drawn, or raise if the environment has TEXT3D_CHECK=1.
+    range and for NaN or infinite positions; on CUDA triangles with such vertices are not drawn, or raise if the
+    environment has TEXT3D_CHECK=1.
     """
     rast, rast_db, _ = _dispatch(pos, tri, _checked(pos, tri, resolution, ranges), ranges, grad_db, None, False)
     return rast, rast_db
@@ -76,14 +74,9 @@ def _checked(pos, tri, resolution, ranges) -> tuple[int, int]:
     return height, width
 
 
-def _check_indices(tri, vertices):
-    if tri.numel() and (int(tri.min()) < 0 or int(tri.max()) >= vertices):
-        raise ValueError(f"tri: expected indices from 0 to {vertices - 1}, got {int(tri.min())} to {int(tri.max())}")
-
-
 def _dispatch(pos, tri, resolution, ranges, grad_db, previous, want_keys):
     if backends.choose("rasterize", pos.device) == "reference":
-        _check_indices(tri, pos.shape[-2])
+        require_indices("tri", tri, pos.shape[-2])
         return reference.rasterize(pos, tri, resolution, ranges, grad_db, previous)
     return _rasterize(pos, tri, ranges, previous, *resolution, grad_db, want_keys)
 
@@ -128,8 +121,9 @@ class DepthPeeler:
 def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):
     pos, tri = pos.contiguous(), tri.contiguous()
     on_gpu = native.runs_cuda_source(pos.device)
-    if on_gpu and os.environ.get("TEXT3D_CHECK") == "1":
-        _check_indices(tri, pos.shape[-2])
+    if on_gpu and check_values():
+        require_indices("tri", tri, pos.shape[-2])
+        require_finite("pos", pos)
     rast, rast_db, keys = _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys or on_gpu)
     instanced, vertices = pos.dim() == 3, pos.shape[-2]
     largest = tri.shape[0] if instanced else int(ranges[:, 1].max()) if ranges.numel() else 0

@@ -1,12 +1,11 @@
 """Texture sampling with mipmaps and seamless cube maps."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.reference.texture import BOUNDARIES, FILTERS, downsample
 from text3d_fast.reference.texture import texture as reference_texture
@@ -122,7 +121,7 @@ def _contiguous(x):
 def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
     mips = [m.contiguous() for m in mips]
     out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode)
-    watched = uv.device.type == "cpu" or os.environ.get("TEXT3D_CHECK") == "1"
+    watched = uv.device.type == "cpu" or check_values()
     bad = torch.zeros(1, dtype=torch.int32, device=uv.device) if watched else None
     native.call("texture_forward", mips, *_levels(mips), uv.contiguous(), _contiguous(uv_da), _contiguous(bias), out,
                 uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode, bad)

@@ -1,0 +1,157 @@
+// Gradients to the corners of triangles from many pixels, on a CPU: without atomics, and added up in an order that does
+// not depend on the number of threads. Pixels in a row that see one triangle are summed first, then chunks of pixels sum
+// by vertex, then each thread adds, chunk after chunk, what belongs to the vertices that it owns.
+#pragma once
+#include <cstdlib>
+#include <new>
+#include "common/parallel.h"
+
+namespace text3d {
+namespace TEXT3D_ISA {
+
+constexpr int64_t kCornerPixels = 8192;  // of a chunk
+
+// The sums of one chunk, ready to be added: those of owner o are [offsets[o], offsets[o + 1]).
+struct ChunkSums {
+  static constexpr int kOwners = 16;
+  int32_t offsets[kOwners + 1] = {};
+  int32_t* vertices = nullptr;  // [count]
+  float* sums = nullptr;        // [count, channels]
+};
+
+// Sums by vertex while a chunk is visited. A small table remembers where vertices are; one may have several places.
+// kChannels: 0 for any number.
+template <int kChannels>
+class CornerAdder {
+ public:
+  CornerAdder(const int32_t* tri, int32_t channels) : tri_(tri), channels_(channels) {
+    for (int32_t& slot : slots_) slot = -1;
+    grow(1024);
+    run_ = kChannels ? small_ : static_cast<float*>(std::malloc(size_t(channels) * 12 + 4));
+    if (!run_) throw std::bad_alloc();
+  }
+  CornerAdder(const CornerAdder&) = delete;
+  ~CornerAdder() {
+    std::free(vertices_), std::free(sums_);
+    if (run_ != small_) std::free(run_);
+  }
+
+  // Where to add for the three corners of this triangle, 3 * channels floats; valid until the next call.
+  float* operator()(int32_t triangle) {
+    if (triangle != triangle_) {
+      end_run();
+      triangle_ = triangle;
+      for (int32_t c = 0; c < 3 * channels(); ++c) run_[c] = 0.f;
+    }
+    return run_;
+  }
+
+  // The sums by owner of `owned` vertices each; the adder is done with.
+  void finish(int64_t owned, ChunkSums& out) {
+    end_run();
+    for (int32_t i = 0; i < count_; ++i) ++out.offsets[vertices_[i] / owned + 1];
+    for (int o = 0; o < ChunkSums::kOwners; ++o) out.offsets[o + 1] += out.offsets[o];
+    if (out.offsets[1] == count_) {  // a single owner: nothing to sort
+      out.vertices = vertices_, out.sums = sums_;
+      vertices_ = nullptr, sums_ = nullptr;
+      return;
+    }
+    out.vertices = static_cast<int32_t*>(std::malloc(size_t(count_) * 4));
+    out.sums = static_cast<float*>(std::malloc(size_t(count_) * channels() * 4 + 4));
+    if (!out.vertices || !out.sums) throw std::bad_alloc();
+    int32_t next[ChunkSums::kOwners];
+    std::memcpy(next, out.offsets, sizeof next);
+    for (int32_t i = 0; i < count_; ++i) {
+      const int32_t to = next[vertices_[i] / owned]++;
+      out.vertices[to] = vertices_[i];
+      for (int32_t c = 0; c < channels(); ++c) out.sums[int64_t(to) * channels() + c] = sums_[int64_t(i) * channels() + c];
+    }
+  }
+
+ private:
+  static constexpr int32_t kSlots = 4096;
+  int32_t channels() const { return kChannels ? kChannels : channels_; }
+
+  void grow(int32_t capacity) {
+    capacity_ = capacity;
+    vertices_ = static_cast<int32_t*>(std::realloc(vertices_, size_t(capacity) * 4));
+    sums_ = static_cast<float*>(std::realloc(sums_, size_t(capacity) * channels() * 4 + 4));
+    if (!vertices_ || !sums_) throw std::bad_alloc();
+  }
+
+  void end_run() {
+    if (triangle_ < 0) return;
+    if (count_ + 3 > capacity_) grow(2 * capacity_);
+    for (int k = 0; k < 3; ++k) {
+      const int32_t vertex = tri_[3 * int64_t(triangle_) + k];
+      int32_t& slot = slots_[(uint32_t(vertex) * 2654435769u) >> 20];
+      const float* from = run_ + k * channels();
+      float* to;
+      if (slot >= 0 && vertices_[slot] == vertex) {
+        to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] += from[c];
+      } else {
+        slot = count_++;
+        vertices_[slot] = vertex, to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] = from[c];
+      }
+    }
+    triangle_ = -1;
+  }
+
+  const int32_t* tri_;
+  int32_t channels_, triangle_ = -1, count_ = 0, capacity_ = 0;
+  int32_t* vertices_ = nullptr;
+  float* sums_ = nullptr;
+  float* run_;
+  float small_[kChannels ? 3 * kChannels : 1];
+  int32_t slots_[kSlots];
+};
+
+// table [images or 1, vertices, channels] += the sums at the corners of tri [F, 3]; `stride` floats from one image's part
+// of the table to the next, 0 if they share it. visit(image, begin, end, add) goes through pixels [begin, end) of an image
+// and calls add(triangle) for a place of 3 * channels floats to add to; triangles have valid indices.
+template <int kChannels, class Visit>
+void add_to_corners(int64_t images, int64_t pixels, const int32_t* tri, int64_t vertices, int32_t channels, float* table,
+                    int64_t stride, const Visit& visit) {
+  const int64_t per_image = (pixels + kCornerPixels - 1) / kCornerPixels, chunks = images * per_image;
+  if (chunks == 0 || vertices == 0) return;
+  const int64_t wanted = thread_count() < ChunkSums::kOwners ? thread_count() : ChunkSums::kOwners;
+  const int64_t owned = (vertices + wanted - 1) / wanted;
+  ChunkSums* parts = new ChunkSums[size_t(chunks)];
+  parallel_for(chunks, 1, [&](int64_t chunk, int64_t) {
+    const int64_t begin = chunk % per_image * kCornerPixels, end = begin + kCornerPixels;
+    CornerAdder<kChannels> adder(tri, channels);
+    visit(chunk / per_image, begin, end < pixels ? end : pixels, adder);
+    adder.finish(owned, parts[chunk]);
+  });
+  const int32_t width = kChannels ? kChannels : channels;
+  parallel_for((vertices + owned - 1) / owned, 1, [&](int64_t owner, int64_t) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const ChunkSums& part = parts[chunk];
+      float* base = table + chunk / per_image * stride;
+      for (int32_t i = part.offsets[owner]; i < part.offsets[owner + 1]; ++i) {
+        float* to = base + int64_t(part.vertices[i]) * width;
+        const float* from = part.sums + int64_t(i) * width;
+        for (int32_t c = 0; c < width; ++c) to[c] += from[c];
+      }
+    }
+  });
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) std::free(parts[chunk].vertices), std::free(parts[chunk].sums);
+  delete[] parts;
+}
+
+// body(std::integral_constant<int, channels>) for 1 to 4 channels, with 0 for any other number: loops of known length.
+template <class Body>
+void with_channels(int32_t channels, const Body& body) {
+  switch (channels) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+    default: return body(std::integral_constant<int, 0>());
+  }
+}
+
+}  // namespace TEXT3D_ISA
+}  // namespace text3d

@@ -18,7 +18,7 @@ def red_ball(monkeypatch):
     from text3d_fast.pipelines import dreamfusion, pictures, results
 
     monkeypatch.setattr(dreamfusion, "load_prior", lambda model, device: (RedBall(), model or "red ball"))
-    def choose(training):
+    def choose(training, density):
         return (None, 0.0) if training.config.field.sharpness < 1e-3 else ("auto", 1.0)
 
     monkeypatch.setattr(results, "choose_threshold", choose)

@@ -70,6 +70,15 @@ def test_ctrl_c_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
 
 
+def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
+    def press(training, density):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("text3d_fast.pipelines.results.choose_threshold", press)
+    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == cli.INTERRUPTED
+    assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
+
+
 def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
     words = ["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL, "field.sharpness=1e-9"]
     assert cli.main(words) == cli.EMPTY_MESH

@@ -18,7 +18,7 @@ def red_ball(monkeypatch):
     from text3d_fast.pipelines import dreamfusion, pictures, results
 
     monkeypatch.setattr(dreamfusion, "load_prior", lambda model, device: (RedBall(), model or "red ball"))
-    def choose(training):
+    def choose(training, density):
         return (None, 0.0) if training.config.field.sharpness < 1e-3 else ("auto", 1.0)
 
     monkeypatch.setattr(results, "choose_threshold", choose)
@@ -68,6 +68,15 @@ def test_ctrl_c_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
     assert "after step 1" in message and "text3d-fast generate 'a ball' --resume" in message
     assert "--seed 4" in message and "--no-camera" in message and "--set" in message
     assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+
+
+def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
+    def press(training, density):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("text3d_fast.pipelines.results.choose_threshold", press)
+    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == cli.INTERRUPTED
+    assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
 
 
 def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):

@@ -55,8 +55,11 @@ def few_pictures(monkeypatch):
     from text3d_fast.pipelines import pictures, results
 
     choose = results.choose_threshold
-    monkeypatch.setattr(results, "choose_threshold",
-                        lambda training: ("auto", 1.0) if 1 < training.step < 20 else choose(training, 16))
+
+    def cheaper(training, density):
+        return ("auto", 1.0) if 1 < training.step < 20 else choose(training, density, 16)
+
+    monkeypatch.setattr(results, "choose_threshold", cheaper)
     monkeypatch.setattr(results, "views", lambda mesh, config: pictures.views(mesh, config, size=8))
     monkeypatch.setattr(results, "turntable", lambda mesh, config: pictures.turntable(mesh, config, 2, size=8))
 

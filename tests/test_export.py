@@ -49,6 +49,27 @@ def test_extracts_a_ball_at_its_radius(lattice):
     assert mesh.volume() == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.03)
 
 
+def test_averaging_closes_pits_that_bisection_finds():
+    """A ball whose density is zero in one small ball in three along its surface: Euler 2 only after averaging."""
+
+    def pitted(p):
+        phase = (p * 90).sin().prod(-1)  # pits of half a period: 0.035, a tenth deeper than the layer
+        return 30 * torch.sigmoid(100 * ball(p)) * (phase < 0.3)
+
+    rough, _ = export.extract_mesh(pitted, 64, 8.0)
+    smooth, _ = export.extract_mesh(export.averaged_density(pitted, 0.04, 0.02), 64, 8.0)
+    assert rough.euler_characteristic() != 2 and smooth.euler_characteristic() == 2
+    radius = smooth.vertices.norm(dim=-1)
+    assert float((radius - 0.6).abs().max()) < 0.03  # the width and half a cell
+
+
+def test_averaged_density_keeps_axes_and_constants():
+    density = export.averaged_density(lambda p: 5 + 4 * p[:, 0] + 2 * p[:, 1] - p[:, 2], 0.01, 0.02, 64)
+    points = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5], [-0.3, 0.2, 0.1]])
+    # Opacity is not quite linear in density: by (layer * change within a width)^2, far below this.
+    torch.testing.assert_close(density(points), torch.tensor([7.0, 6.0, 4.5, 4.1]), atol=2e-3, rtol=0)
+
+
 def test_automatic_threshold():
     solid = torch.zeros(10000)
     solid[:500] = 200.0

@@ -204,6 +204,12 @@ def generate(options: Generate) -> int:
         again = resume_command(options, out)
         print(f"\nStopped after step {stop.step}; everything is saved in {out}. To go on:\n  {again}", file=sys.stderr)
         return INTERRUPTED
+    except KeyboardInterrupt:  # before the first step, or while the mesh is made
+        if not (out / "checkpoint.safetensors").is_file():
+            raise
+        again = resume_command(options, out)
+        print(f"\nStopped; the last checkpoint is in {out}. To go on:\n  {again}", file=sys.stderr)
+        return INTERRUPTED
     except EmptyMesh as error:
         print(f"error: {error}", file=sys.stderr)
         return EMPTY_MESH

@@ -1,7 +1,7 @@
 """From fields to files: surface extraction, cleaning, UV atlas, texture, GLB/OBJ/PLY, turntable, contact sheet."""
 
 from text3d_fast.export.clean import CleaningReport, Dropped, clean_mesh
-from text3d_fast.export.extract import automatic_threshold, extract_mesh, sample_colors
+from text3d_fast.export.extract import automatic_threshold, averaged_density, extract_mesh, sample_colors
 from text3d_fast.export.files import atomic_path, read_mesh, write_bytes, write_mesh
 from text3d_fast.export.mesh import Mesh
 from text3d_fast.export.pictures import write_turntable, write_views
@@ -13,6 +13,7 @@ __all__ = [
     "Mesh",
     "atomic_path",
     "automatic_threshold",
+    "averaged_density",
     "bake_texture",
     "clean_mesh",
     "extract_mesh",

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,12 +89,13 @@ def finish(training: Training, folder: RunFolder | None) -> Result:
 def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]:
     """The cleaned, coloured mesh, figures about it, and warnings."""
     field, config = training.field, training.config
-    level, agreement = choose_threshold(training)
+    density = export.averaged_density(training.renderer.visible_density(field), config.sampling.step,
+                                      resolution=config.mesh_resolution, device=training.device)
+    level, agreement = choose_threshold(training, density)
     if level is None:
         nothing = torch.zeros(0, 3, device=training.device)
         return export.Mesh(nothing, nothing.int()), {"vertices": 0, "faces": 0}, []
-    mesh, threshold = export.extract_mesh(training.renderer.visible_density(field), config.mesh_resolution, level,
-                                          device=training.device)
+    mesh, threshold = export.extract_mesh(density, config.mesh_resolution, level, device=training.device)
     mesh, report = export.clean_mesh(mesh)
     warnings = []
     floaters = [piece for piece in report.dropped if piece.reason != "cavity"]
@@ -120,15 +122,16 @@ def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]
 
 
 @torch.no_grad()
-def choose_threshold(training: Training, resolution: int = 64) -> tuple[float | str | None, float]:
-    """The density to cut at: the one whose mesh has the silhouettes of the volume (opacity above one half).
+def choose_threshold(
+    training: Training, density: Callable[[Tensor], Tensor], resolution: int = 64
+) -> tuple[float | str | None, float]:
+    """The level to cut `density` at: the one whose mesh has the silhouettes of the volume (opacity above one half).
 
     A surface that is opaque only over several samples, as thin or soft ones are, would vanish or fray at a fixed
     density. Also returns the mean intersection over union of the silhouettes, from 8 sides. None: nothing is opaque.
     """
     azimuths, elevations = [45.0 * k for k in range(8)], (10.0, 50.0)
     seen = torch.cat([volume_views(training, azimuths[k::2], elevations[k], 96, "albedo")[1] > 0.5 for k in (0, 1)])
-    density = training.renderer.visible_density(training.field)
     best: tuple[float | str, float] = ("auto", 0.0)
     if not bool(seen.any()):
         return None, 0.0

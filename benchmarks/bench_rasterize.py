@@ -4,8 +4,8 @@
     python benchmarks/bench_rasterize.py [--threads N]         ratios in one run, -> results/rasterize.csv
     python benchmarks/bench_rasterize.py --memory              peak memory, -> results/rasterize_memory.csv
 
-Peers that are not installed are shown as missing. The second way interleaves the renderers of a case and keeps the least
-wall time and the least CPU time of each, so that what else the machine does matters less.
+Peers that are not installed are shown as missing. The second way interleaves the renderers of a case and keeps the
+least wall time and the least CPU time of each, so that what else the machine does matters less.
 """
 
 from __future__ import annotations
@@ -131,11 +131,12 @@ class Deodr:
         count, faces = len(vertices), tri.numpy().astype(np.uint32)
         pixels = ((ndc + 1) / 2 * size - 0.5).numpy()
         self.edge_flags = silhouette_finder(triangles)
+        flags = self.edge_flags(pixels) if self.sigma else np.zeros((len(faces), 3), bool)
         self.scene = renderer.Scene2DBase(
             faces=faces, faces_uv=faces, ij=np.ascontiguousarray(pixels), depths=pos[:, 3].numpy().copy(),
             textured=np.zeros(len(faces), bool), uv=np.zeros((count, 2)), shade=np.zeros(count),
             colors=np.ascontiguousarray((vertices * 0.5 + 0.5).double().numpy()), shaded=np.zeros(len(faces), bool),
-            edgeflags=self.edge_flags(pixels) if self.sigma else np.zeros((len(faces), 3), bool), height=size, width=size, nb_colors=3, texture=np.zeros((0, 0, 3)),
+            edgeflags=flags, height=size, width=size, nb_colors=3, texture=np.zeros((0, 0, 3)),
             background_color=np.zeros(3), backface_culling=False, perspective_correct=True,
         )  # fmt: skip
         self.culled = dataclasses.replace(self.scene, backface_culling=True, perspective_correct=False)

@@ -38,9 +38,9 @@ def antialias(
     silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
     Only triangles that cover a pixel centre can be blended: a silhouette whose triangles are thinner than a pixel and
     fall between the centres is neither smoothed nor does it pass a gradient (as in the method's original).
-    Raises ValueError or TypeError for wrong shapes, dtypes and devices, on a CPU also for triangles of rast and vertices
-    of tri and topology out of range, as far as pixels see them; on CUDA such pairs are not blended, or raise if the
-    environment has TEXT3D_CHECK=1.
+    Raises ValueError or TypeError for wrong shapes, dtypes and devices, on a CPU also for triangles of rast and
+    vertices of tri and topology out of range, as far as pixels see them; on CUDA such pairs are not blended, or raise
+    if the environment has TEXT3D_CHECK=1.
     """
     require_tensor("rast", rast, ("batch", "height", "width", 4))
     backend = backends.choose("antialias", rast.device)

@@ -29,8 +29,8 @@ def interpolate(
     Gradients to attr, u and v of rast, and rast_db; first order only; reproducible as those of rasterize.
     Kept for the backward pass: the inputs.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices or diff_attrs, on a CPU also for triangles of rast
-    and vertices of tri that do not exist, as far as pixels see them; on CUDA such pixels are background, or raise if the
-    environment has TEXT3D_CHECK=1.
+    and vertices of tri that do not exist, as far as pixels see them; on CUDA such pixels are background, or raise if
+    the environment has TEXT3D_CHECK=1.
     """
     dtypes = ()
     if isinstance(attr, torch.Tensor) and backends.choose("interpolate", attr.device) != "reference":

@@ -2,7 +2,7 @@
 
 from text3d_fast.export.clean import CleaningReport, Dropped, clean_mesh
 from text3d_fast.export.extract import automatic_threshold, averaged_density, extract_mesh, sample_colors
-from text3d_fast.export.files import atomic_path, read_mesh, write_bytes, write_mesh
+from text3d_fast.export.files import atomic_path, glb_bytes, read_mesh, write_bytes, write_mesh
 from text3d_fast.export.mesh import Mesh
 from text3d_fast.export.pictures import write_turntable, write_views
 from text3d_fast.export.texture import bake_texture, unwrap
@@ -17,6 +17,7 @@ __all__ = [
     "bake_texture",
     "clean_mesh",
     "extract_mesh",
+    "glb_bytes",
     "read_mesh",
     "sample_colors",
     "unwrap",

@@ -56,14 +56,20 @@ def write_mesh(path: str | Path, mesh: Mesh) -> list[Path]:
         raise ValueError("mesh: expected at least one face, got none")
     if suffix == ".obj":
         return _write_obj(path, mesh)
-    exported = _to_trimesh(mesh, linear_colors=suffix == ".glb")
     if suffix == ".ply":
+        exported = _to_trimesh(mesh, linear_colors=False)
         write_bytes(path, exported.export(file_type="ply", vertex_normal=mesh.normals is not None))
     else:
-        from trimesh.exchange.gltf import export_glb
-
-        write_bytes(path, export_glb(exported, include_normals=mesh.normals is not None, tree_postprocessor=_matte))
+        write_bytes(path, glb_bytes(mesh))
     return [path]
+
+
+def glb_bytes(mesh: Mesh) -> bytes:
+    """The content of a .glb file, as `write_mesh` writes it."""
+    from trimesh.exchange.gltf import export_glb
+
+    exported = _to_trimesh(mesh, linear_colors=True)
+    return export_glb(exported, include_normals=mesh.normals is not None, tree_postprocessor=_matte)
 
 
 def read_mesh(path: str | Path) -> Mesh:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text3d_fast.export import Mesh, read_mesh
+from text3d_fast.export import Mesh, glb_bytes, read_mesh
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights
 from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes
@@ -99,25 +99,25 @@ def write_view(
 
 
 def serve(mesh_path: str | Path, scene_path: str | Path | None = None, port: int = 8080) -> None:
-    """Show the mesh in a browser until Ctrl-C. RuntimeError if viser is not installed."""
+    """Show the mesh in a browser until Ctrl-C, on `port` or the next free one.
+
+    RuntimeError if viser is not installed; ValueError or OSError name a file that is at fault.
+    """
     try:
         import viser
     except ImportError:
         raise RuntimeError("the live view needs viser: pip install 'text3d-fast[viewer]'") from None
     import time
 
-    import trimesh
-
-    center, radius = bounding_ball(read_mesh(mesh_path))
+    paths = {"mesh": mesh_path, "scene": scene_path}
+    meshes = {name: read_mesh(path) for name, path in paths.items() if path is not None}
+    center, radius = bounding_ball(meshes["mesh"])
     server = viser.ViserServer(port=port)
     server.scene.set_up_direction("+y")
-    for name, path in (("mesh", mesh_path), ("scene", scene_path)):
-        if path is None:
-            continue
-        shown = trimesh.load_scene(path).to_mesh()
-        shown.apply_translation(-center.numpy())
-        shown.apply_scale(1 / max(radius, 1e-12))
-        server.scene.add_mesh_trimesh(f"/{name}", shown)
+    # the default environment's light alone burns out bright colours
+    server.scene.configure_environment_map("studio", environment_intensity=0.3)
+    for name, mesh in meshes.items():
+        server.scene.add_glb(f"/{name}", glb_bytes(_placed(mesh, center, radius).with_normals()))
     server.initial_camera.position = (1.2, 0.9, 2.6)
     server.initial_camera.look_at = (0.0, 0.0, 0.0)
     print(f"http://localhost:{server.get_port()}  (Ctrl-C ends)", flush=True)

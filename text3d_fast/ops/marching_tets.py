@@ -1,11 +1,9 @@
 """Triangle meshes from signed distances on a tetrahedral grid."""
 
-import os
-
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.ops.tet_grid import TetGrid
 from text3d_fast.reference.marching_tets import marching_tets as reference_marching_tets
@@ -52,7 +50,7 @@ _NOT_FINITE = "sdf: expected finite values, got NaN or infinity"
 
 def _sizes(bad: torch.Tensor, *offsets: torch.Tensor) -> list[int]:
     """The last column of each row of offsets: the one host synchronization."""
-    checked = bad.device.type == "cpu" or os.environ.get("TEXT3D_CHECK") == "1"
+    checked = bad.device.type == "cpu" or check_values()
     *sizes, is_bad = torch.cat([*(o[..., -1].reshape(-1) for o in offsets), bad]).tolist()
     if checked and is_bad:
         raise ValueError(_NOT_FINITE)

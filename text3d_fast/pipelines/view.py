@@ -117,7 +117,8 @@ def serve(mesh_path: str | Path, scene_path: str | Path | None = None, port: int
     # the default environment's light alone burns out bright colours
     server.scene.configure_environment_map("studio", environment_intensity=0.3)
     for name, mesh in meshes.items():
-        server.scene.add_glb(f"/{name}", glb_bytes(_placed(mesh, center, radius).with_normals()))
+        shown = mesh if mesh.normals is not None else mesh.with_normals()
+        server.scene.add_glb(f"/{name}", glb_bytes(_placed(shown, center, radius)))
     server.initial_camera.position = (1.2, 0.9, 2.6)
     server.initial_camera.look_at = (0.0, 0.0, 0.0)
     print(f"http://localhost:{server.get_port()}  (Ctrl-C ends)", flush=True)

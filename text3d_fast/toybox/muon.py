@@ -41,7 +41,9 @@ class Muon(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 state = self.state[param]
-                average = state.setdefault("momentum", torch.zeros_like(param))
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                average = state["momentum"]
                 average.lerp_(param.grad, 1 - group["momentum"])
                 ahead = param.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's
                 scale = 0.2 * math.sqrt(max(ahead.shape))

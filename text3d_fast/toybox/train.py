@@ -171,8 +171,8 @@ class Trainer:
         loss, _ = denoising_loss(
             self.model, images, conditions, generator, s.largest_weight, self.autocast, s.noise_exponent
         )
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model_folder import ModelError, ModelFolder, brief, latent_scale, open_model, vae_factor
+from .model_folder import MEAN_IMAGE, ModelError, ModelFolder, brief, latent_scale, open_model, vae_factor
 from .model_settings import condition_vector
 from .prior import Conditions
 from .schedule import NoiseSchedule
@@ -34,18 +34,20 @@ class DiffusionPrior:
         texts: TextEmbeddings,
         device: torch.device,
         dtype: torch.dtype,
+        mean_image: Any | None = None,
     ):
         self.folder = folder
         self.settings = folder.settings
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae if vae is None else vae.eval().requires_grad_(False)
+        self.mean_image = mean_image if mean_image is None else mean_image.eval().requires_grad_(False)
         self.schedule = schedule
         self.texts = texts
         self.device = device
         self.dtype = dtype
         self.prediction_type = folder.prediction_type
         self.image_size = folder.image_size
-        self.channels = int(unet.config.in_channels)
+        self.channels = folder.channels
         self.camera_distribution = folder.settings.cameras
         self._latent_scale = (1.0, 0.0) if vae is None else latent_scale(dict(vae.config))
         self._factor = folder.settings.pixel_unshuffle if vae is None else vae_factor(dict(vae.config))
@@ -100,7 +102,10 @@ class DiffusionPrior:
             unet = unet.to(memory_format=torch.channels_last)
             vae = vae if vae is None else vae.to(memory_format=torch.channels_last)
         texts = TextEmbeddings(lambda: load_text(folder, device, dtype), device, dtype)
-        return cls(folder, unet, vae, _schedule(folder), texts, device, dtype)
+        mean_image = None
+        if folder.has_mean_image:
+            mean_image = load_component(MEAN_IMAGE, "MeanImage", folder, dtype).to(device)
+        return cls(folder, unet, vae, _schedule(folder), texts, device, dtype, mean_image)
 
     def prepare(self, texts: list[str]) -> None:
         """Embed these prompts (and the empty one) now, and free the text encoder."""
@@ -154,10 +159,13 @@ class DiffusionPrior:
         if self.settings.conditions:
             labels = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
             labels = labels.to(self.device, self.dtype)
+        text, seen = self.texts(conditions.texts), x_t.to(self.dtype)
+        if self.mean_image is not None:
+            seen = torch.cat([seen, self.mean_image.over(text, labels, conditions.background)], 1)
         prediction = self.unet(
-            x_t.to(self.dtype),
+            seen,
             self.schedule.timestep(t),
-            encoder_hidden_states=self.texts(conditions.texts),
+            encoder_hidden_states=text,
             class_labels=labels,
             return_dict=False,
         )[0]
@@ -169,7 +177,7 @@ class DiffusionPrior:
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints, with what is resident now."""
-        parts = {"unet": self.unet, "vae": self.vae}
+        parts = {"unet": self.unet, "vae": self.vae, MEAN_IMAGE: self.mean_image}
         resident = {
             name: sum(p.numel() * p.element_size() for p in part.parameters())
             for name, part in parts.items()
@@ -229,12 +237,15 @@ def _schedule(folder: ModelFolder) -> NoiseSchedule:
 
 
 def load_component(name: str, class_name: str, folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """A diffusers model from a folder, with every weight present; ModelError otherwise."""
+    """A diffusers model, or our MeanImage, from a folder, with every weight present; ModelError otherwise."""
     import diffusers
 
+    from .mean_image import MeanImage
+
+    kind = MeanImage if class_name == "MeanImage" else getattr(diffusers, class_name)
     folder.parameters(name)  # a broken file is named before diffusers meets it
     try:
-        model, info = getattr(diffusers, class_name).from_pretrained(
+        model, info = kind.from_pretrained(
             folder.path,
             subfolder=name,
             torch_dtype=dtype,

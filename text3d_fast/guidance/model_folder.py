@@ -19,7 +19,8 @@ from .model_settings import FILE_NAME, ModelSettings, condition_size
 from .schedule import PREDICTION_TYPES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
+MEAN_IMAGE = "mean_image"
+_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", MEAN_IMAGE)
 SUPPORTED = (
     "Supported: Stable-Diffusion-class models (one U-Net conditioned on one CLIP or T5 text encoder, with a VAE or on "
     "pixels, DDPM noise schedule)."
@@ -53,6 +54,16 @@ class ModelFolder:
     @property
     def prediction_type(self) -> str:
         return self.scheduler.get("prediction_type", "epsilon")
+
+    @property
+    def has_mean_image(self) -> bool:
+        """Whether its U-Net is shown the mean image of the conditions (see mean_image.py) beside the noisy one."""
+        return (self.path / MEAN_IMAGE).is_dir()
+
+    @property
+    def channels(self) -> int:
+        """Channels of x."""
+        return self.unet["in_channels"] // (2 if self.has_mean_image else 1)
 
     @property
     def latent_factor(self) -> int:
@@ -92,6 +103,7 @@ class ModelFolder:
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints. memory: bytes of the weights in fp16 and fp32, without activations."""
         components = ["unet", "text_encoder"] + (["vae"] if self.vae is not None else [])
+        components += [MEAN_IMAGE] if self.has_mean_image else []
         counts = {name: self.parameters(name) for name in components}
         resident = sum(count for name, count in counts.items() if name != "text_encoder")
         size = self.image_size // self.latent_factor
@@ -100,7 +112,7 @@ class ModelFolder:
             "kind": "pixel" if self.vae is None else "latent",
             "prediction": self.prediction_type,
             "image_size": self.image_size,
-            "x_shape": [self.unet["in_channels"], size, size],
+            "x_shape": [self.channels, size, size],
             "conditions": ["text", *self.settings.conditions],
             "steps_trained": self.scheduler.get("num_train_timesteps", 1000),
             "text_encoder": self.text_encoder["architectures"][0],
@@ -206,7 +218,7 @@ def _weights(files: list[str], dtype: torch.dtype | None) -> list[str]:
     wanted: list[str] = []
     if dtype is None:
         return wanted
-    for part in ("unet", "text_encoder", "vae"):
+    for part in ("unet", "text_encoder", "vae", MEAN_IMAGE):
         names = [f for f in files if f.startswith(part + "/") and f.endswith(".safetensors") and "non_ema" not in f]
         half = [name for name in names if ".fp16." in name]
         full = [name for name in names if ".fp16." not in name]
@@ -292,7 +304,9 @@ def _refuse_unsupported(folder: ModelFolder) -> None:
         if settings.pixel_unshuffle != 1:
             refuse("pixel_unshuffle together with a VAE")
         channels, name = vae.get("latent_channels", 4), "latents"
-    if unet.get("in_channels", 4) != channels:
+    if folder.has_mean_image and (vae is not None or settings.conditions != ["camera", "background"]):
+        refuse(f"{MEAN_IMAGE}/ needs a model on pixels that is given camera and background")
+    if unet.get("in_channels", 4) != (2 * channels if folder.has_mean_image else channels):
         refuse(f"its U-Net takes {unet.get('in_channels')} channels where {name} have {channels} (an inpainting, "
                f"upscaling or image-to-image model?)")
     if unet.get("out_channels", 4) not in (channels, 2 * channels):

@@ -15,16 +15,18 @@ def default_config(prior: Prior, model: str) -> DreamFusionConfig:
     settings: dict = {"model": model, "size": min(prior.image_size, 64)}
     if isinstance(prior, DiffusionPrior):
         settings |= recipe_settings(choose_recipe(prior))
+    else:
+        settings |= {f"cameras.{name}": tuple(bounds) for name, bounds in (camera_distribution(prior) or {}).items()}
     words = getattr(prior, "view_words", None) or getattr(getattr(prior, "settings", None), "view_words", None)
     if words:
         settings["view_words"] = words
     settings["background"] = "solid" if "background" in known_conditions(prior) else "network"
-    for name, bounds in (camera_distribution(prior) or {}).items():
-        settings[f"cameras.{name}"] = tuple(bounds)
     if speaks_toybox(prior):
         settings |= TOYBOX_LIGHTS
     if model == ANALYTIC:
         settings |= ANALYTIC_SETTINGS
+    if settings.get("guidance.weighting") == "sample":
+        settings |= SMALL_GRADIENT
     return DreamFusionConfig().updated(settings)
 
 
@@ -48,11 +50,13 @@ TOYBOX_LIGHTS = {
     "shading.lit": 1.0, "shading.textureless": 0.0,
 }
 
-# The exact denoiser needs no guidance, and with w = sigma / alpha its gradient is the picture minus the denoised one.
-# That is small beside a gradient with guidance 100. At the paper's weight the orientation penalty does nothing against
-# it and density rises and falls on its way in: pits. Cells of 1/32 are as wide as a pixel of 64 x 64.
+# The exact denoiser needs no guidance.
 ANALYTIC_SETTINGS = {
     "guidance.weight": 0.0, "guidance.weighting": "sample",
     "guidance.time": (0.02, 0.5), "guidance.final_time": (0.02, 0.2),
-    "penalties.orientation": (0.1, 0.1), "field.max_resolution": 64,
 }
+
+# With w = sigma / alpha the gradient is the picture minus the denoised one, which is small beside a gradient with
+# guidance 100. At the paper's weight the orientation penalty does nothing against it and density rises and falls on its
+# way in: pits. Cells of 1/32 are as wide as a pixel of 64 x 64.
+SMALL_GRADIENT = {"penalties.orientation": (0.1, 0.1), "field.max_resolution": 64}

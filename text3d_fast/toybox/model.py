@@ -1,9 +1,10 @@
 """The learned prior of Toybox: a small text-to-image diffusion model in the standard diffusers folder format.
 
-    model_index.json   scheduler/   text_encoder/   tokenizer/   unet/   text3d.json
+    model_index.json   mean_image/   scheduler/   text_encoder/   tokenizer/   unet/   text3d.json
 
 A CLIP text encoder of width 96 over the Toybox words and a UNet2DConditionModel on the pixel-unshuffled image
-(3 x 64 x 64 -> 48 x 16 x 16, values in -1..1) that predicts the clean image. Camera and background colour are optional
+(3 x 64 x 64 -> 48 x 16 x 16, values in -1..1) that predicts the clean image, beside which it is shown the mean of all
+images that fit the conditions (`guidance.mean_image`). Camera and background colour are optional
 conditions: the vector of `guidance.model_settings.condition_vector` through the UNet's projection class embedding.
 Any code that loads Stable-Diffusion-class folders loads this one; `ToyboxModel` is what trainer and sampler share.
 """
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..guidance.mean_image import MeanImage
+from ..guidance.model_folder import MEAN_IMAGE
 from ..guidance.model_settings import ModelSettings, condition_size, condition_vector
 from ..guidance.prior import Conditions
 from .captions import words
@@ -38,8 +41,14 @@ def model_settings() -> ModelSettings:
         image_size=IMAGE_SIZE,
         pixel_unshuffle=UNSHUFFLE,
         conditions=CONDITION_NAMES,
-        cameras={"elevation": [-10, 60], "azimuth": [0, 360], "distance": [1.6, 3.0], "fov_y": [40, 40]},
+        cameras={"elevation": [-10, 80], "azimuth": [0, 360], "distance": [2.4, 3.0], "fov_y": [40, 40]},
         view_words="left_right",
+        # a small denoiser knows the form that is asked for where the picture is mostly noise; below, it keeps any form
+        recipe={
+            "guidance_weight": 1.0,
+            "weighting": "sample",
+            "time_range": {"low": 0.85, "high": 0.98, "final_low": 0.5, "final_high": 0.7, "kind": "linear"},
+        },
         licence="CC0-1.0",
         name="toybox",
     )
@@ -50,7 +59,7 @@ def build_unet(channels: tuple[int, ...] = CHANNELS) -> UNet2DConditionModel:
     below = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // UNSHUFFLE,
-        in_channels=3 * UNSHUFFLE**2,
+        in_channels=2 * 3 * UNSHUFFLE**2,  # the noisy image and the mean image
         out_channels=3 * UNSHUFFLE**2,
         block_out_channels=channels,
         layers_per_block=1,
@@ -60,6 +69,9 @@ def build_unet(channels: tuple[int, ...] = CHANNELS) -> UNet2DConditionModel:
         attention_head_dim=4,  # heads: diffusers' historic name
         class_embed_type="projection",
         projection_class_embeddings_input_dim=condition_size(CONDITION_NAMES),
+        # the whole text beside camera and noise level, at full resolution too, where there is no attention
+        addition_embed_type="text",
+        addition_embed_type_num_heads=8,
     )
 
 
@@ -104,6 +116,7 @@ class ToyboxModel:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+    mean_image: MeanImage
     settings: ModelSettings = field(default_factory=model_settings)
 
     @classmethod
@@ -112,7 +125,9 @@ class ToyboxModel:
         tokenizer = build_tokenizer(words())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(build_unet(channels), build_text_encoder(tokenizer), tokenizer, build_scheduler())
+            text_encoder = build_text_encoder(tokenizer)
+            mean_image = MeanImage(TEXT_WIDTH, condition_size(CONDITION_NAMES), IMAGE_SIZE // UNSHUFFLE, UNSHUFFLE)
+            return cls(build_unet(channels), text_encoder, tokenizer, build_scheduler(), mean_image)
 
     @classmethod
     def load(cls, folder: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> ToyboxModel:
@@ -129,6 +144,7 @@ class ToyboxModel:
                 CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
                 DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+                MeanImage.from_pretrained(folder, subfolder=MEAN_IMAGE, torch_dtype=torch.float32),
                 ModelSettings.load(folder),
             )
         except Exception as error:  # every library below raises its own kinds
@@ -146,6 +162,9 @@ class ToyboxModel:
         unet = UNet2DConditionModel.from_config(self.unet.config)
         unet.load_state_dict(self.unet.state_dict())
         unet.to(dtype).save_pretrained(folder / "unet")
+        mean_image = MeanImage.from_config(self.mean_image.config)
+        mean_image.load_state_dict(self.mean_image.state_dict())
+        mean_image.to(dtype).save_pretrained(folder / MEAN_IMAGE)
         text_encoder = CLIPTextModel(self.text_encoder.config)
         text_encoder.load_state_dict(self.text_encoder.state_dict())
         text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
@@ -155,6 +174,7 @@ class ToyboxModel:
         content = {
             "_class_name": "DiffusionPipeline",
             "_diffusers_version": diffusers.__version__,
+            MEAN_IMAGE: ["text3d_fast.guidance.mean_image", "MeanImage"],
             "scheduler": ["diffusers", "DDPMScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -170,19 +190,15 @@ class ToyboxModel:
 
     def to(self, device: torch.device | str) -> ToyboxModel:
         """Moves the networks to `device`; returns self."""
-        self.unet.to(device)
-        self.text_encoder.to(device)
+        for part in (self.unet, self.text_encoder, self.mean_image):
+            part.to(device)
         return self
 
     def eval(self) -> ToyboxModel:
-        """Sets both networks to evaluation; returns self."""
-        self.unet.eval()
-        self.text_encoder.eval()
+        """Sets the networks to evaluation; returns self."""
+        for part in (self.unet, self.text_encoder, self.mean_image):
+            part.eval()
         return self
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """All trained tensors, UNet first."""
-        return [*self.unet.parameters(), *self.text_encoder.parameters()]
 
     def token_ids(self, texts: list[str]) -> Tensor:
         """Token numbers [B, MAX_TOKENS] int64, padded, on the CPU. Longer texts are cut."""
@@ -194,10 +210,16 @@ class ToyboxModel:
         """Token numbers [B, L] -> text states [B, L, 96]."""
         return self.text_encoder(token_ids.to(self.device))[0]
 
+    def condition_vector(self, conditions: Conditions) -> Tensor:
+        """What U-Net and mean image are told of camera and background, [B, 12] on the model's device."""
+        vector = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
+        return vector.to(self.device)
+
     def predict(self, x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions) -> Tensor:
         """The clean x predicted from noisy x_t [B, 48, 16, 16] at discrete steps [B]; text [B, L, 96] from `embed`.
 
         `conditions` gives camera and background (its texts are not read). Differentiable in everything but `steps`.
         """
-        vector = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
-        return self.unet(x_t, steps, text, class_labels=vector.to(x_t), return_dict=False)[0]
+        vector = self.condition_vector(conditions)
+        seen = torch.cat([x_t, self.mean_image.over(text, vector, conditions.background)], 1)
+        return self.unet(seen, steps, text, class_labels=vector, return_dict=False)[0]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from ..guidance.prior import Conditions
+from .batches import random_backgrounds
 from .captions import caption, view_word
 from .dataset import RenderedImages
 from .model import ToyboxModel
@@ -28,7 +29,6 @@ from .objects import CLASSES, COLORS
 from .render import over, render
 from .sampler import sample, save_sheet
 from .scenes import TRAINING_PAIRS, VIEWS, Description, Thing, build_scene, sample_parameters
-from .train import random_backgrounds
 
 WEIGHTS = Path(__file__).with_name("weights") / "scorer.safetensors"
 KINDS, COLOR_NAMES = tuple(CLASSES), tuple(COLORS)

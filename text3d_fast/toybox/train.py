@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,66 +22,14 @@ import torch
 from torch import Tensor
 
 from ..guidance.prior import Conditions
-from .captions import training_caption
+from .batches import TrainSettings, training_batch
 from .dataset import RenderedImages
+from .mean import train_mean_image
 from .model import ToyboxModel, to_latent
 from .muon import Muon
-from .render import over
 from .sampler import sample, save_sheet, sheet_conditions
 
 CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that decides the result, kept in the checkpoint."""
-
-    batch: int = 32
-    learning_rate: float = 6e-4
-    warmup: int = 200
-    weight_decay: float = 0.01
-    average: float = 0.998  # decay of the averaged weights, reached after a start as fast as the run is short
-    drop_text: float = 0.10
-    drop_camera: float = 0.15
-    drop_background: float = 0.15
-    largest_weight: float = 8.0
-    noise_exponent: float = 0.6  # noise levels are drawn as u^exponent: below 1, noisier ones more often
-    front: float = 0.7  # share of front views among images whose camera is dropped; the others follow the data
-    seed: int = 0
-
-
-def random_backgrounds(count: int, generator: torch.Generator) -> Tensor:
-    """Colours [count, 3]: two thirds anywhere in the cube, one third greys."""
-    colors = torch.rand(count, 3, generator=generator)
-    grey = torch.rand(count, generator=generator) < 1 / 3
-    return torch.where(grey[:, None], colors[:, :1], colors)
-
-
-def training_batch(
-    data: RenderedImages, settings: TrainSettings, step: int
-) -> tuple[Tensor, Conditions, torch.Generator]:
-    """Images [B, H, W, 3] and conditions of one step, and the generator to draw its noise from."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    count = settings.batch
-    no_text, no_camera, no_background, luck = torch.rand(4, count, generator=generator)
-    rows = torch.randint(len(data), (count,), generator=generator).numpy()
-    # given the camera, how often it occurs does not matter; without it, this share is what makes Janus faces likely
-    places = torch.rand(count, generator=generator)
-    for k in (no_camera < settings.drop_camera).nonzero()[:, 0]:
-        some = data.front if luck[k] < settings.front else data.not_front
-        if len(some):
-            rows[k] = some[int(places[k] * len(some))]
-    camera = torch.from_numpy(data.camera[rows])
-    background = random_backgrounds(count, generator)
-    images = over(torch.from_numpy(data.images(rows)).float() / 255, background[:, None, None])
-    texts = [
-        "" if no_text[k] < settings.drop_text
-        else training_caption(data.descriptions[row], float(camera[k, 0]), float(camera[k, 1]), generator)
-        for k, row in enumerate(rows)
-    ]
-    camera[no_camera < settings.drop_camera] = torch.nan
-    background[no_background < settings.drop_background] = torch.nan
-    return images, Conditions(texts, camera, background), generator
 
 
 def denoising_loss(
@@ -129,12 +77,11 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def _optimizers(model: ToyboxModel, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of layers, AdamW for biases, norms, embeddings and the layers next to the image."""
+    """Muon for the weights of layers, AdamW for biases, norms and the layers next to the image."""
     ends = {*model.unet.conv_in.parameters(), *model.unet.conv_out.parameters()}
-    ends |= {p for m in model.text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    layers = [p for p in model.parameters() if p.dim() >= 2 and p not in ends]
+    layers = [p for p in model.unet.parameters() if p.dim() >= 2 and p not in ends]
     chosen = set(layers)
-    others = [p for p in model.parameters() if p not in chosen]
+    others = [p for p in model.unet.parameters() if p not in chosen]
     rate, decay = settings.learning_rate, settings.weight_decay
     return [
         Muon(layers, rate, weight_decay=decay),
@@ -151,11 +98,12 @@ class Trainer:
         self.settings, self.device = settings, torch.device(device)
         self.model = (model or ToyboxModel.build(settings.seed)).to(self.device)
         self.model.unet.train()
-        self.model.text_encoder.train()
+        for part in (self.model.text_encoder, self.model.mean_image):
+            part.eval().requires_grad_(False)
         if self.device.type == "cpu":
             _plain_attention(self.model)
         self.autocast = torch.bfloat16 if autocast and fast_bfloat16(self.device) else None
-        self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.average = [p.detach().clone() for p in self.model.unet.parameters()]
         self.optimizers = _optimizers(self.model, settings)
         self.steps_done, self.seconds = 0, 0.0
 
@@ -174,12 +122,12 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.unet.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         decay = min(s.average, (1 + self.steps_done) / (10 + self.steps_done))
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.model.parameters(), 1 - decay)
+            torch._foreach_lerp_(self.average, list(self.model.unet.parameters()), 1 - decay)
         self.steps_done += 1
         return float(loss.detach())
 
@@ -187,7 +135,9 @@ class Trainer:
         """A copy of the model with the averaged weights, for sampling."""
         copy = ToyboxModel.build(self.settings.seed, tuple(self.model.unet.config.block_out_channels)).to(self.device)
         with torch.no_grad():
-            torch._foreach_copy_(copy.parameters(), self.average)
+            torch._foreach_copy_(list(copy.unet.parameters()), self.average)
+        copy.text_encoder.load_state_dict(self.model.text_encoder.state_dict())
+        copy.mean_image.load_state_dict(self.model.mean_image.state_dict())
         return copy.eval()
 
     def save(self, folder: str | Path) -> None:
@@ -195,13 +145,15 @@ class Trainer:
         path = Path(folder) / CHECKPOINT
         part = path.with_suffix(".part")
         content = {
-            "format": 2,
+            "format": 3,
             "settings": asdict(self.settings),
             "channels": list(self.model.unet.config.block_out_channels),
             "steps_done": self.steps_done,
             "seconds": self.seconds,
-            "weights": [p.detach() for p in self.model.parameters()],
+            "weights": [p.detach() for p in self.model.unet.parameters()],
             "average": self.average,
+            "text_encoder": self.model.text_encoder.state_dict(),
+            "mean_image": self.model.mean_image.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         torch.save(content, part)
@@ -218,13 +170,15 @@ class Trainer:
             raise FileNotFoundError(f"folder: {folder} holds no {CHECKPOINT}; start without --resume")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format"] != 2:
-                raise ValueError(f"format {content['format']}, expected 2")
+            if content["format"] != 3:
+                raise ValueError(f"format {content['format']}, expected 3")
             settings = TrainSettings(**content["settings"])
             model = ToyboxModel.build(settings.seed, tuple(content["channels"]))
+            model.text_encoder.load_state_dict(content["text_encoder"])
+            model.mean_image.load_state_dict(content["mean_image"])
             trainer = cls(settings, model, device, autocast)
             with torch.no_grad():
-                for ours, theirs in zip(trainer.model.parameters(), content["weights"], strict=True):
+                for ours, theirs in zip(trainer.model.unet.parameters(), content["weights"], strict=True):
                     ours.copy_(theirs)
                 for ours, theirs in zip(trainer.average, content["average"], strict=True):
                     ours.copy_(theirs)
@@ -247,14 +201,16 @@ def train(
     data: str | Path, out: str | Path, steps: int = 20_000, minutes: float | None = None, resume: bool = False,
     device: str = "auto", settings: TrainSettings | None = None, checkpoint_minutes: float = 4.0,
     sheet_every: int = 500, report: Callable[[dict], None] | None = None, start: str | Path | None = None,
+    mean_steps: int = 2000,
 ) -> Trainer:
     """Trains until `steps` steps are done or `minutes` minutes are spent (earlier parts of a resumed run included).
 
-    start: a model folder to begin with, instead of random weights.
+    start: a model folder to begin with, instead of random weights and `mean_steps` steps of training the text encoder
+    and the mean image, which are not counted in `minutes`. Both stay as they are while the U-Net learns.
 
     The learning rate falls along a cosine that ends with whichever comes first. A sample sheet is written every
-    `sheet_every` steps and at the end (0: never). `report` receives a dict (step, loss,
-    seconds, remaining) every ten steps. Returns the trainer after its last save.
+    `sheet_every` steps and at the end (0: never). `report` receives a dict (part, step,
+    loss, seconds, remaining) every ten steps. Returns the trainer after its last save.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     folder = Path(out)
@@ -266,7 +222,12 @@ def train(
     elif (folder / CHECKPOINT).exists():
         raise ValueError(f"out: {folder} holds a run already; go on with --resume or choose another folder")
     else:
-        trainer = Trainer(settings or TrainSettings(), None if start is None else ToyboxModel.load(start), device)
+        settings = settings or TrainSettings()
+        model = ToyboxModel.build(settings.seed) if start is None else ToyboxModel.load(start)
+        model.to(device)
+        if start is None:
+            train_mean_image(model, RenderedImages(data), mean_steps, settings, report=report)
+        trainer = Trainer(settings, model, device)
     images = RenderedImages(data)
     limit = math.inf if minutes is None else 60 * minutes
     before, started, saved, losses = trainer.seconds, time.monotonic(), time.monotonic(), []
@@ -288,7 +249,7 @@ def train(
             if report and done % 10 == 0:
                 remaining = trainer.seconds * (1 / progress() - 1)
                 row = {"step": done, "loss": float(np.mean(losses[-200:])), "seconds": round(trainer.seconds, 1)}
-                report({**row, "remaining": round(remaining, 1)})
+                report({"part": "U-Net", **row, "remaining": round(remaining, 1)})
             if done % 100 == 0:
                 row = {"step": done, "loss": float(np.mean(losses[-100:])), "seconds": round(trainer.seconds, 1)}
                 with (folder / "log.jsonl").open("a") as log:
@@ -316,6 +277,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     parser.add_argument("--start", help="a model folder whose weights to begin with")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--mean-steps", type=int, default=2000,
+                        help="steps for text encoder and mean image at the start of a new run")
     parser.add_argument("--sheet-every", type=int, default=500, help="steps between sample sheets")
     defaults = TrainSettings()
     parser.add_argument("--batch", type=int, default=defaults.batch)
@@ -326,12 +289,12 @@ def main() -> None:
 
     def report(row: dict) -> None:
         rate, left = row["step"] / row["seconds"], row["remaining"] / 60
-        line = f"step {row['step']}  loss {row['loss']:.4f}  {rate:.2f} steps/s  {left:.1f} min left "
+        line = f"{row['part']}: step {row['step']}  loss {row['loss']:.4f}  {rate:.2f} steps/s  {left:.1f} min left "
         print("\r" + line, end="", flush=True)
 
     train(
         given.data, given.out, given.steps, given.minutes, given.resume, given.device, settings,
-        sheet_every=given.sheet_every, report=report, start=given.start,
+        sheet_every=given.sheet_every, report=report, start=given.start, mean_steps=given.mean_steps,
     )
     print()
 

@@ -1,0 +1,72 @@
+"""Trains the mean image of the learned prior and its text encoder: the first part of `toybox.train`.
+
+It costs a thirtieth of the U-Net, which then never has to learn what a prompt and a camera mean.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
+
+from .batches import TrainSettings, training_choice
+from .dataset import RenderedImages
+from .model import UNSHUFFLE, ToyboxModel
+from .muon import Muon
+
+
+def mean_image_loss(model: ToyboxModel, data: RenderedImages, settings: TrainSettings, step: int) -> Tensor:
+    """Squared error of both parts of the mean image (see `guidance.mean_image`) over one batch."""
+    rows, conditions, _, _ = training_choice(data, settings, step)
+    rgba = pixel_unshuffle(torch.from_numpy(data.images(rows)).float().permute(0, 3, 1, 2) / 255, UNSHUFFLE)
+    color, alpha = rgba.to(model.device).split([3 * UNSHUFFLE**2, UNSHUFFLE**2], 1)
+    text = model.embed(model.token_ids(conditions.texts))
+    own, clear = model.mean_image(text, model.condition_vector(conditions))
+    return (own - (2 * color - alpha.repeat(1, 3, 1, 1))).square().mean() + (clear - (1 - alpha)).square().mean()
+
+
+def train_mean_image(
+    model: ToyboxModel, data: RenderedImages, steps: int, settings: TrainSettings, batch: int = 128,
+    learning_rate: float = 2e-3, train_text: bool = True, report: Callable[[dict], None] | None = None,
+) -> float:
+    """Trains the mean image, and the text encoder if `train_text`, for `steps` steps of cosine decay.
+
+    Both end with averaged weights. Returns the mean loss of the last steps.
+    """
+    settings = replace(settings, batch=batch)
+    parts = [model.mean_image, model.text_encoder] if train_text else [model.mean_image]
+    parameters = [p for part in parts for p in part.parameters()]
+    tables = {p for m in model.text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    layers = [p for p in parameters if p.dim() >= 2 and p not in tables]
+    chosen = set(layers)
+    optimizers = [
+        Muon(layers, learning_rate, weight_decay=settings.weight_decay),
+        torch.optim.AdamW([p for p in parameters if p not in chosen], learning_rate, betas=(0.9, 0.99)),
+    ]
+    average = [p.detach().clone() for p in parameters]
+    started, mean = time.monotonic(), math.nan
+    for step in range(steps):
+        rate = learning_rate * min(1.0, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        loss = mean_image_loss(model, data, settings, step)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(0.99, (1 + step) / (10 + step)))
+        mean = float(loss.detach()) if step == 0 else 0.98 * mean + 0.02 * float(loss.detach())
+        if report and step % 10 == 9:
+            seconds = time.monotonic() - started
+            report({"part": "mean image", "step": step + 1, "loss": mean, "seconds": seconds,
+                    "remaining": seconds * (steps / (step + 1) - 1)})
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    return mean

@@ -46,6 +46,25 @@ class CornerAdder {
     return run_;
   }
 
+  // The same for sums [3, channels] that are complete. Inlined, so that they need not leave their registers.
+  __attribute__((always_inline)) void add(int32_t triangle, const float* sums) {
+    if (count_ + 3 > capacity_) grow(2 * capacity_);
+    for (int k = 0; k < 3; ++k) {
+      const int32_t vertex = tri_[3 * int64_t(triangle) + k];
+      int32_t& slot = slots_[(uint32_t(vertex) * 2654435769u) >> 20];
+      const float* from = sums + k * channels();
+      if (slot >= 0 && vertices_[slot] == vertex) {
+        float* to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] += from[c];
+      } else {
+        slot = count_++;
+        vertices_[slot] = vertex;
+        float* to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] = from[c];
+      }
+    }
+  }
+
   // The sums by owner of `owned` vertices each; the adder is done with.
   void finish(int64_t owned, ChunkSums& out) {
     end_run();
@@ -80,27 +99,7 @@ class CornerAdder {
   }
 
   void end_run() {
-    if (triangle_ < 0) return;
-    if (count_ + 3 > capacity_) grow(2 * capacity_);
-    for (int k = 0; k < 3; ++k) {
-      const int32_t vertex = tri_[3 * int64_t(triangle_) + k];
-      int32_t& slot = slots_[(uint32_t(vertex) * 2654435769u) >> 20];
-      const float* from = run_ + k * channels();
-      if (slot >= 0 && vertices_[slot] == vertex) {
-        float* to = sums_ + int64_t(slot) * channels();
-        if constexpr (kChannels != 0) {  // all read before any is written: one vector, if the compiler likes
-          float total[kChannels];
-          for (int c = 0; c < kChannels; ++c) total[c] = to[c] + from[c];
-          std::memcpy(to, total, sizeof total);
-        } else {
-          for (int32_t c = 0; c < channels_; ++c) to[c] += from[c];
-        }
-      } else {
-        slot = count_++;
-        vertices_[slot] = vertex;
-        std::memcpy(sums_ + int64_t(slot) * channels(), from, size_t(channels()) * 4);
-      }
-    }
+    if (triangle_ >= 0) add(triangle_, run_);
     triangle_ = -1;
   }
 

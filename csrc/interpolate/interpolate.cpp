@@ -5,7 +5,6 @@
 
 namespace text3d {
 namespace TEXT3D_ISA {
-
 namespace {
 
 // visit(first, last, corners) for the runs of pixels [first, last) within [begin, end) that see one triangle of one
@@ -32,33 +31,35 @@ void for_runs(const Params& p, int64_t begin, int64_t end, const Visit& visit) {
 template <int kAttributes, bool kDerivatives>
 void add_gradients(const InterpolateBackwardParams& p) {
   const InterpolateBackwardPixel<kAttributes, kDerivatives> pixel{p};
-  // adder(id) gives a place for the sums at the triangle's corners, or null: not wanted
-  const auto visit = [&](int64_t begin, int64_t end, const auto& adder) {
+  const auto visit = [&](int64_t begin, int64_t end, CornerAdder<kAttributes>* adder) {
     for_runs<kAttributes>(p, begin, end, [&](int64_t first, int64_t last, const PixelCorners& corners) {
       if (corners.background()) {
         for (int64_t i = first; i < last; ++i) pixel.background(i);
         return;
       }
-      float* to = adder(decode_triangle_id(p.rast[4 * first + 3]));
-      float own[kAttributes ? 3 * kAttributes : 1] = {};  // registers, if their number is known
-      float* sums = kAttributes ? own : to;
-      for (int64_t i = first; i < last; ++i)
-        pixel(i, corners, [&](int32_t k, int32_t c, float value) {
-          if (kAttributes || to) sums[k * pixel.attributes() + c] += value;
-        });
-      for (int32_t c = 0; to && c < 3 * kAttributes; ++c) to[c] += own[c];
+      const int32_t id = decode_triangle_id(p.rast[4 * first + 3]);
+      if constexpr (kAttributes != 0) {
+        float sums[3 * kAttributes] = {};
+        for (int64_t i = first; i < last; ++i)
+          pixel(i, corners, [&](int32_t k, int32_t c, float value) { sums[k * kAttributes + c] += value; });
+        if (adder) adder->add(id, sums);
+      } else {
+        float* sums = adder ? (*adder)(id) : nullptr;
+        for (int64_t i = first; i < last; ++i)
+          pixel(i, corners, [&](int32_t k, int32_t c, float value) {
+            if (sums) sums[k * p.attributes + c] += value;
+          });
+      }
     });
   };
   if (!p.grad_attr) {
-    parallel_for(p.images * p.pixels, kCornerPixels, [&](int64_t begin, int64_t end) {
-      visit(begin, end, [](int32_t) -> float* { return nullptr; });
-    });
+    parallel_for(p.images * p.pixels, kCornerPixels, [&](int64_t begin, int64_t end) { visit(begin, end, nullptr); });
     return;
   }
   const int64_t stride = p.shared ? 0 : p.vertices * p.attributes;
   add_to_corners<kAttributes>(p.images, p.pixels, p.tri, p.vertices, p.attributes, p.grad_attr, stride,
-                              [&](int64_t image, int64_t begin, int64_t end, auto& sums) {
-    visit(image * p.pixels + begin, image * p.pixels + end, [&](int32_t id) { return sums(id); });
+                              [&](int64_t image, int64_t begin, int64_t end, CornerAdder<kAttributes>& adder) {
+    visit(image * p.pixels + begin, image * p.pixels + end, &adder);
   });
 }
 

@@ -1,6 +1,6 @@
 // First, each pixel's triangle is asked for silhouette edges, many triangles at once; then only the pairs next to such a
-// pixel are looked at, each once. Chunks of rows write to their own pixels only, and what they have for vertices is added
-// up chunk after chunk: no atomics, one order of summation.
+// pixel are looked at, each once. The backward pass starts from the flags of the forward pass. Chunks of rows write to
+// their own pixels only, and what they have for vertices is added up chunk after chunk: no atomics, one order of summation.
 #include "common/lanes.h"
 #include "antialias/antialias.h"
 #include <cstdlib>
@@ -13,42 +13,31 @@ namespace TEXT3D_ISA {
 namespace {
 
 constexpr int64_t kRows = 8;         // of a chunk
-constexpr int64_t kPadding = 16;     // flags beyond the end of a row that may be read
 
 enum Trouble : int32_t { kNone, kBadId, kBadVertex, kBadTopology };
 
-// A byte for each pixel: 1 if its triangle has a silhouette edge.
-template <class Params>
+// Fills p.flags.
 struct SilhouetteFlags {
-  const Params& p;
-  int64_t rows, stride;
-  uint8_t* flags;
+  const AntialiasParams& p;
   int32_t trouble = kNone;
 
-  explicit SilhouetteFlags(const Params& params)
-      : p(params), rows(p.batch * p.height), stride(p.width + kPadding),
-        flags(static_cast<uint8_t*>(std::malloc(size_t(rows * stride)))) {
-    if (!flags) throw std::bad_alloc();
-    parallel_for(rows, kRows, [&](int64_t begin, int64_t end) {
+  void find() {
+    std::memset(p.flags + p.batch * p.height * p.width, 0, 8);
+    parallel_for(p.batch * p.height, kRows, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) flag_row(row);
     });
     if (!trouble) return;
-    std::free(flags);
     const std::string limit = std::to_string((trouble == kBadId ? p.faces : p.vertices) - 1);
     const std::string what = trouble == kBadId ? "rast: expected triangles of tri, up to " :
                              trouble == kBadVertex ? "tri: expected indices from 0 to " : "topology: expected indices from -1 to ";
     throw std::invalid_argument(what + limit + ", got some out of this range");
   }
-  SilhouetteFlags(const SilhouetteFlags&) = delete;
-  ~SilhouetteFlags() { std::free(flags); }
-
-  const uint8_t* row(int64_t row) const { return flags + row * stride; }
 
   void flag_row(int64_t row) {
-    uint8_t* out = flags + row * stride;
+    uint8_t* out = p.flags + row * p.width;
     const float* rast = p.rast + row * p.width * 4;
     const int64_t image = row / p.height;
-    std::memset(out, 0, size_t(stride));
+    std::memset(out, 0, size_t(p.width));
     int32_t faces[kLanes], begins[kLanes], ends[kLanes], count = 0, last = -1;
     for (int64_t x = 0; x < p.width; ++x) {
       const int32_t face = decode_triangle_id(rast[4 * x + 3]);
@@ -98,12 +87,11 @@ struct SilhouetteFlags {
 
 // visit(pair, neighbours) for the pairs of a row with itself and with the next one, as far as they blend.
 template <class Params, class Visit>
-void visit_row(const SilhouetteFlags<Params>& flags, int64_t row, const Visit& visit) {
-  const Params& p = flags.p;
+void visit_row(const Params& p, int64_t row, const Visit& visit) {
   const int64_t image = row / p.height, y = row % p.height;
   const bool last = y + 1 == p.height;
-  const uint8_t* here = flags.row(row);
-  const uint8_t* next = last ? here : flags.row(row + 1);
+  const uint8_t* here = p.flags + row * p.width;
+  const uint8_t* next = last ? here : here + p.width;
   for (int64_t begin = 0; begin < p.width; begin += 8) {
     uint64_t own, right, above;
     std::memcpy(&own, here + begin, 8), std::memcpy(&right, here + begin + 1, 8), std::memcpy(&above, next + begin, 8);
@@ -120,10 +108,10 @@ void visit_row(const SilhouetteFlags<Params>& flags, int64_t row, const Visit& v
 
 // body(chunk, first pixel, end pixel, pairs) in parallel, where pairs(visit) goes through all pairs that touch the chunk.
 template <class Params, class Body>
-void for_chunks(const SilhouetteFlags<Params>& flags, const Body& body) {
-  parallel_for(flags.rows, kRows, [&](int64_t begin, int64_t end) {
-    body(begin / kRows, begin * flags.p.width, end * flags.p.width, [&](const auto& visit) {
-      for (int64_t row = begin % flags.p.height ? begin - 1 : begin; row < end; ++row) visit_row(flags, row, visit);
+void for_chunks(const Params& p, const Body& body) {
+  parallel_for(p.batch * p.height, kRows, [&](int64_t begin, int64_t end) {
+    body(begin / kRows, begin * p.width, end * p.width, [&](const auto& visit) {
+      for (int64_t row = begin % p.height ? begin - 1 : begin; row < end; ++row) visit_row(p, row, visit);
     });
   });
 }
@@ -146,8 +134,8 @@ struct VertexGradients {
 
 void antialias_forward(const AntialiasParams& p) {
   if (p.batch * p.height * p.width == 0) return;
-  const SilhouetteFlags<AntialiasParams> flags(p);
-  for_chunks(flags, [&](int64_t, int64_t begin, int64_t end, const auto& pairs) {
+  SilhouetteFlags{p}.find();
+  for_chunks(p, [&](int64_t, int64_t begin, int64_t end, const auto& pairs) {
     std::memcpy(p.out + begin * p.channels, p.color + begin * p.channels, size_t((end - begin) * p.channels) * 4);
     pairs([&](const Pair& pair, const Neighbours& n) {
       const int64_t target = n.target(pair);
@@ -158,10 +146,9 @@ void antialias_forward(const AntialiasParams& p) {
 
 void antialias_backward(const AntialiasBackwardParams& p) {
   if (p.batch * p.height * p.width == 0) return;
-  const SilhouetteFlags<AntialiasBackwardParams> flags(p);
-  const int64_t chunks = (flags.rows + kRows - 1) / kRows;
+  const int64_t chunks = (p.batch * p.height + kRows - 1) / kRows;
   VertexGradients* gradients = new VertexGradients[size_t(chunks)];
-  for_chunks(flags, [&](int64_t chunk, int64_t begin, int64_t end, const auto& pairs) {
+  for_chunks(p, [&](int64_t chunk, int64_t begin, int64_t end, const auto& pairs) {
     const auto inside = [&](int64_t i) { return i >= begin && i < end; };
     if (p.grad_color)
       std::memcpy(p.grad_color + begin * p.channels, p.grad_out + begin * p.channels, size_t((end - begin) * p.channels) * 4);

@@ -14,10 +14,11 @@ struct AntialiasParams {
   const int32_t* tri;       // [F, 3]
   const int32_t* opposite;  // [F, 3], vertex across edge k (from corner k + 1 to k + 2), or -1
   float* out;               // [B, H, W, C]
+  uint8_t* flags;           // CPU: [B * H * W + 8], 1 where a pixel's triangle has a silhouette edge; CUDA: null
   int64_t batch, pos_batch, height, width, vertices, faces;
   int32_t channels;
   auto fields() {
-    return std::tie(color, rast, pos, tri, opposite, out, batch, pos_batch, height, width, vertices, faces, channels);
+    return std::tie(color, rast, pos, tri, opposite, out, flags, batch, pos_batch, height, width, vertices, faces, channels);
   }
 };
 
@@ -28,13 +29,14 @@ struct AntialiasBackwardParams {
   const float* pos;
   const int32_t* tri;
   const int32_t* opposite;
+  const uint8_t* flags;     // as the forward pass left them
   float* grad_color;        // [B, H, W, C] or null
   float* grad_pos;          // like pos, zeroed; or null
   int64_t batch, pos_batch, height, width, vertices, faces;
   int32_t channels;
   float boost;
   auto fields() {
-    return std::tie(grad_out, color, rast, pos, tri, opposite, grad_color, grad_pos, batch, pos_batch, height, width,
+    return std::tie(grad_out, color, rast, pos, tri, opposite, flags, grad_color, grad_pos, batch, pos_batch, height, width,
                     vertices, faces, channels, boost);
   }
 };

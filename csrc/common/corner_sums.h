@@ -46,10 +46,29 @@ class CornerAdder {
     return run_;
   }
 
+  // The same for sums [3, channels] that are complete. Inlined, so that they need not leave their registers.
+  __attribute__((always_inline)) void add(int32_t triangle, const float* sums) {
+    if (count_ + 3 > capacity_) grow(2 * capacity_);
+    for (int k = 0; k < 3; ++k) {
+      const int32_t vertex = tri_[3 * int64_t(triangle) + k];
+      int32_t& slot = slots_[(uint32_t(vertex) * 2654435769u) >> 20];
+      const float* from = sums + k * channels();
+      if (slot >= 0 && vertices_[slot] == vertex) {
+        float* to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] += from[c];
+      } else {
+        slot = count_++;
+        vertices_[slot] = vertex;
+        float* to = sums_ + int64_t(slot) * channels();
+        for (int32_t c = 0; c < channels(); ++c) to[c] = from[c];
+      }
+    }
+  }
+
   // The sums by owner of `owned` vertices each; the adder is done with.
   void finish(int64_t owned, ChunkSums& out) {
     end_run();
-    for (int32_t i = 0; i < count_; ++i) ++out.offsets[vertices_[i] / owned + 1];
+    for (int32_t i = 0; i < count_; ++i) ++out.offsets[uint32_t(vertices_[i]) / uint32_t(owned) + 1];
     for (int o = 0; o < ChunkSums::kOwners; ++o) out.offsets[o + 1] += out.offsets[o];
     if (out.offsets[1] == count_) {  // a single owner: nothing to sort
       out.vertices = vertices_, out.sums = sums_;
@@ -62,7 +81,7 @@ class CornerAdder {
     int32_t next[ChunkSums::kOwners];
     std::memcpy(next, out.offsets, sizeof next);
     for (int32_t i = 0; i < count_; ++i) {
-      const int32_t to = next[vertices_[i] / owned]++;
+      const int32_t to = next[uint32_t(vertices_[i]) / uint32_t(owned)]++;
       out.vertices[to] = vertices_[i];
       for (int32_t c = 0; c < channels(); ++c) out.sums[int64_t(to) * channels() + c] = sums_[int64_t(i) * channels() + c];
     }
@@ -80,22 +99,7 @@ class CornerAdder {
   }
 
   void end_run() {
-    if (triangle_ < 0) return;
-    if (count_ + 3 > capacity_) grow(2 * capacity_);
-    for (int k = 0; k < 3; ++k) {
-      const int32_t vertex = tri_[3 * int64_t(triangle_) + k];
-      int32_t& slot = slots_[(uint32_t(vertex) * 2654435769u) >> 20];
-      const float* from = run_ + k * channels();
-      float* to;
-      if (slot >= 0 && vertices_[slot] == vertex) {
-        to = sums_ + int64_t(slot) * channels();
-        for (int32_t c = 0; c < channels(); ++c) to[c] += from[c];
-      } else {
-        slot = count_++;
-        vertices_[slot] = vertex, to = sums_ + int64_t(slot) * channels();
-        for (int32_t c = 0; c < channels(); ++c) to[c] = from[c];
-      }
-    }
+    if (triangle_ >= 0) add(triangle_, run_);
     triangle_ = -1;
   }
 

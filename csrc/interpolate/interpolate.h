@@ -94,7 +94,8 @@ struct InterpolateForwardPixel {
 };
 
 // Gradients of one pixel: to u, v and rast_db here; to the corners through add(corner, attribute, value).
-template <int kAttributes>
+// kDerivatives: false if it is known when this is compiled that there are none.
+template <int kAttributes, bool kDerivatives = true>
 struct InterpolateBackwardPixel {
   InterpolateBackwardParams p;
   TEXT3D_HD int32_t attributes() const { return kAttributes ? kAttributes : p.attributes; }
@@ -110,7 +111,7 @@ struct InterpolateBackwardPixel {
       add(0, c, u * g), add(1, c, v * g), add(2, c, w * g);
     }
     store(p.grad_rast + 4 * i, gu, gv, 0.f, 0.f);
-    if (!p.derivatives) return;
+    if (!kDerivatives || !p.derivatives) return;
     const float* db = p.rast_db + 4 * i;
     float g_db[4] = {0.f, 0.f, 0.f, 0.f};
     for (int32_t d = 0; d < p.derivatives; ++d) {

@@ -44,27 +44,34 @@ struct TriangleBlock {
   int32_t ids[kBlock], state[kBlock];
   int32_t x[3][kBlock], y[3][kBlock];
   float z[3][kBlock];
-  uint32_t outside_any[kBlock], outside_all[kBlock];
+  int32_t outside_any[kBlock], outside_all[kBlock];  // of the corners' codes
   int32_t left[kBlock], right[kBlock], bottom[kBlock], top[kBlock];
 
-  // Returns false if a vertex index is out of range; such a triangle is culled.
+  // kChecked: returns false if a vertex index is out of range; such a triangle is culled.
+  template <bool kChecked>
   bool load(const Image& image) {
+    static const SnappedVertex nowhere = {0, 0, 0.f, kInvalid};
     bool fine = true;
-    for (int32_t l = 0; l < kBlock; ++l) {
-      const int32_t* v = image.tri + 3 * int64_t(ids[l]);
-      const bool valid = (uint64_t(v[0]) < uint64_t(image.vertices)) & (uint64_t(v[1]) < uint64_t(image.vertices)) &
-                         (uint64_t(v[2]) < uint64_t(image.vertices));
-      fine &= valid;
-      uint32_t any = valid ? 0u : kInvalid, all = ~0u;
-      if (valid) {
-        for (int k = 0; k < 3; ++k) {
-          const SnappedVertex s = image.snapped[v[k]];
-          x[k][l] = s.x, y[k][l] = s.y, z[k][l] = s.z, any |= s.code, all &= s.code;
-        }
-      } else {
-        for (int k = 0; k < 3; ++k) x[k][l] = y[k][l] = 0, z[k][l] = 0.f;
+    for (int32_t start = 0; start < kBlock; start += kLanes) {
+      const float* rows[3][kLanes];
+      for (int32_t l = 0; l < kLanes; ++l) {
+        const int32_t* v = image.tri + 3 * int64_t(ids[start + l]);
+        bool valid = true;
+        if (kChecked)
+          valid = (uint64_t(v[0]) < uint64_t(image.vertices)) & (uint64_t(v[1]) < uint64_t(image.vertices)) &
+                  (uint64_t(v[2]) < uint64_t(image.vertices));
+        fine &= valid;
+        for (int k = 0; k < 3; ++k)
+          rows[k][l] = reinterpret_cast<const float*>(valid ? image.snapped + v[k] : &nowhere);
       }
-      outside_any[l] = any, outside_all[l] = all;
+      Ints any{}, all = ~Ints{};
+      for (int k = 0; k < 3; ++k) {
+        Floats column, row, depth, code;  // bits of SnappedVertex's fields
+        load_rows(rows[k], column, row, depth, code);
+        store_lanes(x[k] + start, Ints(column)), store_lanes(y[k] + start, Ints(row)), store_lanes(z[k] + start, depth);
+        any |= Ints(code), all &= Ints(code);
+      }
+      store_lanes(outside_any + start, any), store_lanes(outside_all + start, all);
     }
     return fine;
   }
@@ -77,7 +84,7 @@ struct TriangleBlock {
       bottom[l] = first_pixel(y0), top[l] = last_pixel(y1, view.height);
       const bool empty = (left[l] > right[l]) | (bottom[l] > top[l]);
       const bool small = (x1 - x0 < kSmallExtent) & (y1 - y0 < kSmallExtent);
-      const bool gone = (outside_any[l] >= kInvalid) | (outside_all[l] != 0);
+      const bool gone = (outside_any[l] >= int32_t(kInvalid)) | (outside_all[l] != 0);
       const int32_t projected = empty ? kCulled : small ? kSmall : kLarge;
       state[l] = gone ? int32_t(kCulled) : outside_any[l] ? int32_t(kCrossing) : projected;
     }
@@ -141,6 +148,44 @@ struct SmallTriangles {
   }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// As below, which GCC compiles to many more instructions: it widens both halves of a key, here they are interleaved.
+template <bool Peeling>
+inline void draw_small(const SmallTriangles& t, const TriangleBlock& block, int32_t l, const Canvas& canvas) {
+  static_assert(kSpan == kLanes, "a row of lanes");
+  const int32_t begin = block.bottom[l] > canvas.begin ? block.bottom[l] : canvas.begin;
+  const int32_t end = block.top[l] < canvas.end - 1 ? block.top[l] : canvas.end - 1, columns = block.right[l] - block.left[l];
+  const Ints order = {0, 1, 4, 5, 2, 3, 6, 7};  // interleaving puts these columns in place
+  const Ints up1 = Ints{} + t.up1[l], up2 = Ints{} + t.up2[l], id = Ints{} + ~block.ids[l];
+  const Ints inside0 = Ints{} + (t.area[l] - t.owned[0][l]), owned1 = Ints{} + t.owned[1][l], owned2 = Ints{} + t.owned[2][l];
+  const Floats z = broadcast(t.z[l]), slope1 = broadcast(t.slope1[l]), slope2 = broadcast(t.slope2[l]);
+  Ints row1 = t.edge1[l] + order * t.right1[l], row2 = t.edge2[l] + order * t.right2[l];
+  int64_t cell = canvas.cell(block.left[l], begin);
+  for (int32_t y = begin; y <= end; ++y, row1 += up1, row2 += up2, cell += canvas.stride) {
+    Ints e1 = row1, e2 = row2;
+    for (int32_t x = 0; x <= columns; x += kSpan, e1 += kSpan * t.right1[l], e2 += kSpan * t.right2[l]) {
+      const Ints sign = (inside0 - e1 - e2) | (e1 - owned1) | (e2 - owned2);
+      const Floats depth = (z + __builtin_convertvector(e1, Floats) * slope1) + __builtin_convertvector(e2, Floats) * slope2;
+      const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(1.f), _mm256_max_ps(_mm256_set1_ps(-1.f), (__m256)depth));
+      const Ints bits = (Ints)clamped, ordered = bits ^ Ints(Uints(bits >> 31) >> 1);
+      // kNothing outside
+      const __m256 high = _mm256_blendv_ps((__m256)ordered, (__m256)(Ints{} + 0x7fffffff), (__m256)sign);
+      const __m256 low = _mm256_blendv_ps((__m256)id, (__m256)~Ints{}, (__m256)sign);
+      const __m256i halves[2] = {(__m256i)_mm256_unpacklo_ps(low, high), (__m256i)_mm256_unpackhi_ps(low, high)};
+      for (int half = 0; half < 2; ++half) {
+        auto* const keys = reinterpret_cast<__m256i*>(canvas.keys + cell + x + 4 * half);
+        const __m256i before = _mm256_loadu_si256(keys);
+        __m256i better = _mm256_cmpgt_epi64(before, halves[half]);
+        if (Peeling) {
+          const auto* previous = reinterpret_cast<const __m256i*>(canvas.previous + cell + x + 4 * half);
+          better = _mm256_and_si256(better, _mm256_cmpgt_epi64(halves[half], _mm256_loadu_si256(previous)));
+        }
+        _mm256_storeu_si256(keys, _mm256_blendv_epi8(before, halves[half], better));
+      }
+    }
+  }
+}
+#else
 template <bool Peeling>
 inline void draw_small(const SmallTriangles& t, const TriangleBlock& block, int32_t l, const Canvas& canvas) {
   const int32_t begin = block.bottom[l] > canvas.begin ? block.bottom[l] : canvas.begin;
@@ -173,6 +218,7 @@ inline void draw_small(const SmallTriangles& t, const TriangleBlock& block, int3
     }
   }
 }
+#endif
 
 // The columns [first, last] of a row with edges n_k + s_k * column >= 0.
 inline void narrow(int64_t n, int64_t s, int64_t& first, int64_t& last) {

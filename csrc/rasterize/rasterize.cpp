@@ -38,10 +38,9 @@ bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int6
   for (int64_t start = begin; start < end; start += kBlock) {
     const int32_t filled = int32_t(end - start < kBlock ? end - start : kBlock);
     for (int32_t l = 0; l < kBlock; ++l) block.ids[l] = int32_t(start + (l < filled ? l : filled - 1));
-    fine &= block.load(image);
+    fine &= block.load<true>(image);
     block.bounds(image.view);
     for (int32_t l = 0; l < filled; ++l) {
-      if (block.state[l] == kCulled) continue;
       if (block.state[l] == kCrossing) {
         const ClippedPolygon polygon = image.clipped(block.ids[l]);
         if (polygon.count < 3) continue;
@@ -49,20 +48,25 @@ bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int6
         if (block.left[l] > block.right[l] || block.bottom[l] > block.top[l]) continue;
       }
       ids[kept] = block.ids[l], low[kept] = block.bottom[l] >> bands.shift, high[kept] = block.top[l] >> bands.shift;
-      ++kept;
+      kept += block.state[l] != kCulled;  // no branch: nobody can predict which triangles lie between pixel centres
     }
   }
+  // Most triangles touch one band: what is left over is for a loop that seldom runs, otherwise GCC would unroll it.
   bin.offsets = static_cast<int32_t*>(std::calloc(size_t(bands.count) + 1, sizeof(int32_t)));
-  for (int32_t i = 0; i < kept; ++i)
-    for (int32_t b = low[i]; b <= high[i]; ++b) ++bin.offsets[b];
+  for (int32_t i = 0; i < kept; ++i) {
+    ++bin.offsets[low[i]];
+    for (int32_t b = low[i] + 1; b <= high[i]; ++b) ++bin.offsets[b];
+  }
   int32_t total = 0;
   for (int32_t b = 0; b <= bands.count; ++b) {  // starts; filling moves each to its end, the next one's start
     const int32_t count = bin.offsets[b];
     bin.offsets[b] = total, total += count;
   }
   bin.ids = static_cast<int32_t*>(std::malloc(size_t(total) * sizeof(int32_t) + 4));
-  for (int32_t i = 0; i < kept; ++i)
-    for (int32_t b = low[i]; b <= high[i]; ++b) bin.ids[bin.offsets[b]++] = ids[i];
+  for (int32_t i = 0; i < kept; ++i) {
+    bin.ids[bin.offsets[low[i]]++] = ids[i];
+    for (int32_t b = low[i] + 1; b <= high[i]; ++b) bin.ids[bin.offsets[b]++] = ids[i];
+  }
   for (int32_t b = bands.count; b > 0; --b) bin.offsets[b] = bin.offsets[b - 1];
   bin.offsets[0] = 0;
   return fine;
@@ -129,7 +133,7 @@ void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t 
     for (int32_t start = first; start < last; start += kBlock) {
       const int32_t filled = last - start < kBlock ? last - start : kBlock;
       for (int32_t l = 0; l < kBlock; ++l) block.ids[l] = bins[chunk].ids[start + (l < filled ? l : filled - 1)];
-      block.load(image);
+      block.load<false>(image);
       block.bounds(image.view);
       if (previous) {
         draw_block<true>(image, block, filled, canvas);

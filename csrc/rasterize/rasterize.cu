@@ -229,10 +229,10 @@ __global__ void gradient_kernel(RasterizeBackwardParams p) {
       TEXT3D_UNROLL for (int c = 0; c < 4; ++c) db[c] = p.grad_db[4 * i + c];
     }
     const float width = float(p.width), height = float(p.height), *pos = p.pos + 4 * first;
-    resolve_gradient(load_corner(pos + 4 * int64_t(v[0])), load_corner(pos + 4 * int64_t(v[1])),
-                     load_corner(pos + 4 * int64_t(v[2])), pixel_centre(int32_t(within % p.width), width),
-                     pixel_centre(int32_t(within / p.width), height), 2.f / width, 2.f / height, p.grad_rast[4 * i],
-                     p.grad_rast[4 * i + 1], db, grad);
+    resolve_gradient<true>(load_corner(pos + 4 * int64_t(v[0])), load_corner(pos + 4 * int64_t(v[1])),
+                           load_corner(pos + 4 * int64_t(v[2])), pixel_centre(int32_t(within % p.width), width),
+                           pixel_centre(int32_t(within / p.width), height), 2.f / width, 2.f / height,
+                           p.grad_rast[4 * i], p.grad_rast[4 * i + 1], db, grad);
   }
   if (p.contributions) {
     for (int k = 0; k < 3 && id >= 0; ++k)

@@ -98,8 +98,8 @@ TEXT3D_HD void resolve(const Corner<Number>& c0, const Corner<Number>& c1, const
   rast[0] = u1 * shrink, rast[1] = v1 * shrink, rast[2] = clamp_between(depth, -1.f, 1.f);
 }
 
-// Gradients to x, y, w of the three corners, of the unclamped formulae.
-template <class Number>
+// Gradients to x, y, w of the three corners, of the unclamped formulae. kDerivatives: is there a gradient to db?
+template <bool kDerivatives, class Number>
 TEXT3D_HD void resolve_gradient(const Corner<Number>& c0, const Corner<Number>& c1, const Corner<Number>& c2, Number fx,
                                 Number fy, float scale_x, float scale_y, Number grad_u, Number grad_v,
                                 const Number grad_db[4], Number grad[3][3]) {
@@ -107,23 +107,30 @@ TEXT3D_HD void resolve_gradient(const Corner<Number>& c0, const Corner<Number>& 
   Number sum = b.sum();
   sum = select(sum < 0.f, min_of(sum, Number{} - kMinimumDenominator), max_of(sum, Number{} + kMinimumDenominator));
   const Number inverse = 1.f / sum, u = b.a[0] * inverse, v = b.a[1] * inverse;
-  const Number sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y();
-  // du/dX = (slope_x_0 - u sum_x) / S * scale_x, and so on.
-  const Number gux = grad_db[0] * scale_x * inverse, guy = grad_db[1] * scale_y * inverse;
-  const Number gvx = grad_db[2] * scale_x * inverse, gvy = grad_db[3] * scale_y * inverse;
-  const Number gu = grad_u - gux * sum_x - guy * sum_y, gv = grad_v - gvx * sum_x - gvy * sum_y;
-  const Number g_sum_x = -(gux * u + gvx * v), g_sum_y = -(guy * u + gvy * v);
-  const Number g_inverse_over = gux * (b.slope_x[0] - u * sum_x) + guy * (b.slope_y[0] - u * sum_y) +
-                               gvx * (b.slope_x[1] - v * sum_x) + gvy * (b.slope_y[1] - v * sum_y);
+  Number gu = grad_u, gv = grad_v, g_inverse_over{}, gsx[3] = {}, gsy[3] = {};
+  if constexpr (kDerivatives) {
+    const Number sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y();
+    // du/dX = (slope_x_0 - u sum_x) / S * scale_x, and so on.
+    const Number gux = grad_db[0] * scale_x * inverse, guy = grad_db[1] * scale_y * inverse;
+    const Number gvx = grad_db[2] * scale_x * inverse, gvy = grad_db[3] * scale_y * inverse;
+    gu = gu - gux * sum_x - guy * sum_y, gv = gv - gvx * sum_x - gvy * sum_y;
+    g_inverse_over = gux * (b.slope_x[0] - u * sum_x) + guy * (b.slope_y[0] - u * sum_y) +
+                     gvx * (b.slope_x[1] - v * sum_x) + gvy * (b.slope_y[1] - v * sum_y);
+    gsx[2] = -(gux * u + gvx * v), gsy[2] = -(guy * u + gvy * v);
+    gsx[0] = gux + gsx[2], gsx[1] = gvx + gsx[2], gsy[0] = guy + gsy[2], gsy[1] = gvy + gsy[2];
+  }
   const Number g_sum = -inverse * (gu * u + gv * v + g_inverse_over);
   const Number ga[3] = {gu * inverse + g_sum, gv * inverse + g_sum, g_sum};
-  const Number gsx[3] = {gux + g_sum_x, gvx + g_sum_x, g_sum_x}, gsy[3] = {guy + g_sum_y, gvy + g_sum_y, g_sum_y};
   TEXT3D_UNROLL for (int n = 0; n < 3; ++n) {
     // Corner n is the first factor (i) of edge k = n + 2 and the second (j) of edge k = n + 1.
     const int as_i = (n + 2) % 3, as_j = (n + 1) % 3, next = (n + 1) % 3, before = (n + 2) % 3;
-    const Number gx = ga[as_i] * b.qy[next] - ga[as_j] * b.qy[before] + gsy[as_j] * b.w[before] - gsy[as_i] * b.w[next];
-    const Number gy = ga[as_j] * b.qx[before] - ga[as_i] * b.qx[next] + gsx[as_i] * b.w[next] - gsx[as_j] * b.w[before];
-    const Number gw = gsx[as_j] * b.qy[before] - gsx[as_i] * b.qy[next] + gsy[as_i] * b.qx[next] - gsy[as_j] * b.qx[before];
+    Number gx = ga[as_i] * b.qy[next] - ga[as_j] * b.qy[before];
+    Number gy = ga[as_j] * b.qx[before] - ga[as_i] * b.qx[next], gw{};
+    if constexpr (kDerivatives) {
+      gx = gx + gsy[as_j] * b.w[before] - gsy[as_i] * b.w[next];
+      gy = gy + gsx[as_i] * b.w[next] - gsx[as_j] * b.w[before];
+      gw = gsx[as_j] * b.qy[before] - gsx[as_i] * b.qy[next] + gsy[as_i] * b.qx[next] - gsy[as_j] * b.qx[before];
+    }
     grad[n][0] = gx, grad[n][1] = gy, grad[n][2] = gw - fx * gx - fy * gy;
   }
 }

@@ -62,7 +62,7 @@ def antialias(
     if backend == "reference":
         return reference_antialias(color, rast, pos.expand(batch, -1, -1) if pos.dim() == 3 else pos, tri, topology,
                                    pos_gradient_boost)
-    return _antialias(color, rast, pos, tri, topology, pos_gradient_boost)
+    return _antialias(color, rast, pos, tri, topology, pos_gradient_boost)[0]
 
 
 def _sizes(rast, pos, tri):
@@ -71,53 +71,62 @@ def _sizes(rast, pos, tri):
 
 
 def _forward(color, rast, pos, tri, topology, boost):
-    out = _fake_forward(color, rast, pos, tri, topology, boost)
+    out, flags = _fake_forward(color, rast, pos, tri, topology, boost)
     tensors = [x.contiguous() for x in (color, rast, pos, tri, topology)]
-    native.call("antialias_forward", *tensors, out, *_sizes(rast, pos, tri), color.shape[3])
-    return out
+    native.call("antialias_forward", *tensors, out, flags, *_sizes(rast, pos, tri), color.shape[3])
+    return out, flags
 
 
 def _fake_forward(color, rast, pos, tri, topology, boost):
-    return torch.empty_like(color, memory_format=torch.contiguous_format)
+    batch, height, width, _ = rast.shape
+    # where the CPU kernel found silhouettes: a byte a pixel, read eight at a time
+    flags = 0 if native.runs_cuda_source(rast.device) else batch * height * width + 8
+    return (torch.empty_like(color, memory_format=torch.contiguous_format),
+            torch.empty(flags, dtype=torch.uint8, device=rast.device))
 
 
-def _backward(grad, color, rast, pos, tri, topology, boost, wanted):
-    outputs = _fake_backward(grad, color, rast, pos, tri, topology, boost, wanted)
+def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted):
+    outputs = _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted)
     outputs[1].zero_()
     tensors = [x.contiguous() for x in (grad, color, rast, pos, tri, topology)]
-    native.call("antialias_backward", *tensors, *(g if w else None for g, w in zip(outputs, wanted)),
+    native.call("antialias_backward", *tensors, flags, *(g if w else None for g, w in zip(outputs, wanted)),
                 *_sizes(rast, pos, tri), color.shape[3], boost)
     return outputs
 
 
-def _fake_backward(grad, color, rast, pos, tri, topology, boost, wanted):
+def _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted):
     return tuple(x.new_empty(x.shape if w else (0,)) for x, w in zip((color, pos), wanted))
 
 
 class _Antialias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, color, rast, pos, tri, topology, boost):
-        ctx.save_for_backward(color, rast, pos, tri, topology)
+        out, flags = _antialias(color, rast, pos, tri, topology, boost)
+        ctx.save_for_backward(color, rast, pos, tri, topology, flags)
         ctx.boost = boost
-        return _antialias(color, rast, pos, tri, topology, boost)
+        ctx.mark_non_differentiable(flags)
+        ctx.set_materialize_grads(False)
+        return out, flags
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None, None, None, None
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         grad_color, grad_pos = _antialias_backward(grad, *ctx.saved_tensors, ctx.boost, wanted)
         return grad_color if wanted[0] else None, None, grad_pos if wanted[1] else None, None, None, None
 
 
 _antialias = define(
-    "antialias(Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost) -> Tensor",
+    "antialias(Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _Antialias,
 )
 _antialias_backward = define(
-    "antialias_backward(Tensor grad, Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost, "
-    "bool[] wanted) -> (Tensor, Tensor)",
+    "antialias_backward(Tensor grad, Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, Tensor flags, "
+    "float boost, bool[] wanted) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

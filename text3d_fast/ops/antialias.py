@@ -36,6 +36,7 @@ def antialias(
     topology: `antialias_topology(tri)`, computed here if None. pos_gradient_boost multiplies the gradient to pos.
     Returns [B, H, W, C]. Gradients to color, and to x, y, w of pos through the blend weights: this is what moves a
     silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
+    Kept for the backward pass: the inputs, and on a CPU a byte a pixel.
     Only triangles that cover a pixel centre can be blended: a silhouette whose triangles are thinner than a pixel and
     fall between the centres is neither smoothed nor does it pass a gradient (as in the method's original).
     Raises ValueError or TypeError for wrong shapes, dtypes and devices, on a CPU also for triangles of rast and

@@ -126,7 +126,8 @@ def test_texture_holds_the_colour_of_each_surface_point(textured):
     generator = torch.Generator().manual_seed(3)
     count = 4000
     face = torch.randint(len(textured.faces), (count,), generator=generator)
-    weights = torch.distributions.Dirichlet(torch.ones(3)).sample((count,))
+    weights = -torch.log(1 - torch.rand(count, 3, generator=generator))  # normalized: uniform over the triangle
+    weights = weights / weights.sum(1, keepdim=True)
     point = (textured.corners()[face] * weights[..., None]).sum(1)
     uv = (textured.uv[textured.uv_faces.long()][face] * weights[..., None]).sum(1)
     location = torch.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1)

@@ -17,7 +17,7 @@ from torch.nn.functional import pixel_unshuffle
 from .batches import TrainSettings, training_choice
 from .dataset import RenderedImages
 from .model import UNSHUFFLE, ToyboxModel
-from .muon import Muon
+from .muon import optimizers
 
 
 def mean_image_loss(model: ToyboxModel, data: RenderedImages, settings: TrainSettings, step: int) -> Tensor:
@@ -32,33 +32,24 @@ def mean_image_loss(model: ToyboxModel, data: RenderedImages, settings: TrainSet
 
 def train_mean_image(
     model: ToyboxModel, data: RenderedImages, steps: int, settings: TrainSettings, batch: int = 128,
-    learning_rate: float = 2e-3, train_text: bool = True, report: Callable[[dict], None] | None = None,
-) -> float:
-    """Trains the mean image, and the text encoder if `train_text`, for `steps` steps of cosine decay.
-
-    Both end with averaged weights. Returns the mean loss of the last steps.
-    """
+    learning_rate: float = 2e-3, report: Callable[[dict], None] | None = None,
+) -> None:
+    """Trains the mean image and the text encoder for `steps` steps of cosine decay; both end with averaged weights."""
     settings = replace(settings, batch=batch)
-    parts = [model.mean_image, model.text_encoder] if train_text else [model.mean_image]
-    parameters = [p for part in parts for p in part.parameters()]
+    parameters = [p for part in (model.mean_image, model.text_encoder) for p in part.parameters()]
     tables = {p for m in model.text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    layers = [p for p in parameters if p.dim() >= 2 and p not in tables]
-    chosen = set(layers)
-    optimizers = [
-        Muon(layers, learning_rate, weight_decay=settings.weight_decay),
-        torch.optim.AdamW([p for p in parameters if p not in chosen], learning_rate, betas=(0.9, 0.99)),
-    ]
+    both = optimizers(parameters, tables, learning_rate, settings.weight_decay)
     average = [p.detach().clone() for p in parameters]
     started, mean = time.monotonic(), math.nan
     for step in range(steps):
         rate = learning_rate * min(1.0, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
-        for optimizer in optimizers:
+        for optimizer in both:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
         loss = mean_image_loss(model, data, settings, step)
         loss.backward()
-        for optimizer in optimizers:
+        for optimizer in both:
             optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 1 - min(0.99, (1 + step) / (10 + step)))
@@ -69,4 +60,3 @@ def train_mean_image(
                     "remaining": seconds * (steps / (step + 1) - 1)})
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    return mean

@@ -49,3 +49,17 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * math.sqrt(max(ahead.shape))
                 param.mul_(1 - group["lr"] * group["weight_decay"])
                 param.add_(orthogonalized(ahead).view_as(param), alpha=-group["lr"] * scale)
+
+
+def optimizers(
+    parameters: Iterable[torch.nn.Parameter], ends: set[torch.nn.Parameter], rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of layers; AdamW for biases, norms and `ends`: embeddings, layers next to the image."""
+    parameters = list(parameters)
+    layers = [p for p in parameters if p.dim() >= 2 and p not in ends]
+    chosen = set(layers)
+    others = [p for p in parameters if p not in chosen]
+    return [
+        Muon(layers, rate, weight_decay=weight_decay),
+        torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True),
+    ]

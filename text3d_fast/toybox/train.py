@@ -26,7 +26,7 @@ from .batches import TrainSettings, training_batch
 from .dataset import RenderedImages
 from .mean import train_mean_image
 from .model import ToyboxModel, to_latent
-from .muon import Muon
+from .muon import optimizers
 from .sampler import sample, save_sheet, sheet_conditions
 
 CHECKPOINT = "checkpoint.pt"
@@ -76,19 +76,6 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _optimizers(model: ToyboxModel, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of layers, AdamW for biases, norms and the layers next to the image."""
-    ends = {*model.unet.conv_in.parameters(), *model.unet.conv_out.parameters()}
-    layers = [p for p in model.unet.parameters() if p.dim() >= 2 and p not in ends]
-    chosen = set(layers)
-    others = [p for p in model.unet.parameters() if p not in chosen]
-    rate, decay = settings.learning_rate, settings.weight_decay
-    return [
-        Muon(layers, rate, weight_decay=decay),
-        torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True),
-    ]
-
-
 class Trainer:
     """One training run in a folder. `step()` does one step; `save()` and `Trainer.resume` are exact."""
 
@@ -104,7 +91,9 @@ class Trainer:
             _plain_attention(self.model)
         self.autocast = torch.bfloat16 if autocast and fast_bfloat16(self.device) else None
         self.average = [p.detach().clone() for p in self.model.unet.parameters()]
-        self.optimizers = _optimizers(self.model, settings)
+        unet = self.model.unet
+        ends = {*unet.conv_in.parameters(), *unet.conv_out.parameters()}
+        self.optimizers = optimizers(unet.parameters(), ends, settings.learning_rate, settings.weight_decay)
         self.steps_done, self.seconds = 0, 0.0
 
     def step(self, data: RenderedImages, progress: float) -> float:

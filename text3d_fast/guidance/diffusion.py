@@ -86,10 +86,12 @@ class DiffusionPrior:
             unet, vae = load_single_file(folder, dtype)
             load_text = load_single_file_text
         else:
-            unet = load_component("unet", "UNet2DConditionModel", folder, dtype)
+            import diffusers  # after open_model: a wrong path is answered without the seconds this takes
+
+            unet = load_component("unet", diffusers.UNet2DConditionModel, folder, dtype)
             vae = None
             if folder.vae is not None and tiny_autoencoder is None:
-                vae = load_component("vae", folder.vae["_class_name"], folder, dtype)
+                vae = load_component("vae", getattr(diffusers, folder.vae["_class_name"]), folder, dtype)
             load_text = load_text_encoder
         if tiny_autoencoder is not None:
             vae = _load_tiny_autoencoder(tiny_autoencoder, folder, dtype)
@@ -104,7 +106,9 @@ class DiffusionPrior:
         texts = TextEmbeddings(lambda: load_text(folder, device, dtype), device, dtype)
         mean_image = None
         if folder.has_mean_image:
-            mean_image = load_component(MEAN_IMAGE, "MeanImage", folder, dtype).to(device)
+            from .mean_image import MeanImage
+
+            mean_image = load_component(MEAN_IMAGE, MeanImage, folder, dtype).to(device)
         return cls(folder, unet, vae, _schedule(folder), texts, device, dtype, mean_image)
 
     def prepare(self, texts: list[str]) -> None:
@@ -236,13 +240,8 @@ def _schedule(folder: ModelFolder) -> NoiseSchedule:
     return NoiseSchedule.from_scheduler(scheduler)
 
 
-def load_component(name: str, class_name: str, folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """A diffusers model, or our MeanImage, from a folder, with every weight present; ModelError otherwise."""
-    import diffusers
-
-    from .mean_image import MeanImage
-
-    kind = MeanImage if class_name == "MeanImage" else getattr(diffusers, class_name)
+def load_component(name: str, kind: Any, folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """A model of class `kind` from a folder, with every weight present; ModelError otherwise."""
     folder.parameters(name)  # a broken file is named before diffusers meets it
     try:
         model, info = kind.from_pretrained(

@@ -207,5 +207,31 @@ inline void gather(const bfloat16_t* table, Uints index, Floats* out) {
   gather_16bit<Features>(table, index, out, [](Uints bits) { return bfloat16_to_floats(bits); });
 }
 
+// N numbers of 16 bits
+template <int N, class T>
+inline void load_floats(const T* from, float* to) {
+  for (int i = 0; i < N; ++i) to[i] = load_float(from[i]);
+}
+#if defined(__AVX2__) && defined(__F16C__)
+template <>
+inline void load_floats<4>(const half_t* from, float* to) {
+  _mm_storeu_ps(to, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+template <>
+inline void load_floats<8>(const half_t* from, float* to) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+template <>
+inline void load_floats<4>(const bfloat16_t* from, float* to) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  _mm_storeu_ps(to, _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), bits)));
+}
+template <>
+inline void load_floats<8>(const bfloat16_t* from, float* to) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+}
+#endif
+
 }  // namespace TEXT3D_ISA
 }  // namespace text3d

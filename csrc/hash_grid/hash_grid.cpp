@@ -1,5 +1,7 @@
-// The CPU loops. Two kinds of pass:
-//   by point: chunks of points over threads; inside, the level is the outer loop, so that one table is in cache at a time
+// The CPU loops. Three kinds of pass:
+//   by level: one level after the other over a batch of points, so that one table is in cache at a time, for all
+//             threads; features are kept level by level and transposed at the end
+//   by point: the same within chunks of points over threads, where sums over the levels are wanted
 //   by entry: levels (and slices of levels, if there are more threads) over threads, each walking all points in order,
 //             so that sums into the table need no atomics and do not depend on the number of threads
 #include <atomic>
@@ -38,8 +40,9 @@ inline Uints wrap_index(Uints index, uint32_t count) {
 namespace text3d {
 namespace TEXT3D_ISA {
 
-constexpr int64_t kChunk = 8192;    // points of one task of a pass by point
-constexpr int64_t kBatch = 65536;   // points that a pass by entry transposes at a time
+constexpr int64_t kChunk = 8192;          // points of one task of a pass by point
+constexpr int64_t kBatch = 65536;         // points that a pass by level keeps level by level at a time, at most
+constexpr int64_t kStaged = 8 << 20;      // and the bytes of their features, if that is at least a chunk
 
 using Buffer = std::unique_ptr<float[]>;
 
@@ -84,7 +87,8 @@ struct Points {
 
 // The features of all corners of a block of cells. Out of line: one copy serves every pass, and it is bound by memory.
 template <int C, int F, class T>
-__attribute__((noinline)) void gather_corners(const void* table, const HashGridLevel& level, const Uints* index, Floats (*theta)[F]) {
+__attribute__((noinline)) void gather_corners(const void* table, const HashGridLevel& level, const Uints* index,
+                                              Floats (*theta)[F]) {
   const T* entries = static_cast<const T*>(table) + int64_t(level.first) * F;
   for (int c = 0; c < C; ++c) gather<F>(entries, index[c], theta[c]);
 }
@@ -121,6 +125,96 @@ inline void store_zero(float* row, int64_t stride, int valid) {
     for (int f = 0; f < F; ++f) row[lane * stride + f] = 0.f;
 }
 
+// F floats of a table entry in one register.
+template <int F>
+struct Row {
+  typedef float Vector __attribute__((vector_size(4 * F)));
+  Vector value = {};
+
+  void add(float weight, const float* from) {
+    Vector other;
+    std::memcpy(&other, from, sizeof other);
+    value += weight * other;
+  }
+  template <class T>
+  void add(float weight, const T* from) {
+    float other[F];
+    load_floats<F>(from, other);
+    add(weight, other);
+  }
+  void load(const float* from) { std::memcpy(&value, from, sizeof value); }
+  void store(float* to) const { std::memcpy(to, &value, sizeof value); }
+};
+
+template <>
+struct Row<1> {
+  float value = 0.f;
+  template <class T>
+  void add(float weight, const T* from) { value += weight * load_float(*from); }
+  void load(const float* from) { value = *from; }
+  void store(float* to) const { *to = value; }
+};
+
+#if defined(__SSE2__)
+template <>
+struct Row<2> {  // in half a register of 16 bytes: GCC 12 passes vectors of 8 through general registers
+  __m128 value = _mm_setzero_ps();
+  static __m128 pair(const float* from) { return _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(from))); }
+  static __m128 pair(const bfloat16_t* from) {
+    int32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_cvtsi32_si128(bits)));
+  }
+  static __m128 pair(const half_t* from) {
+#if defined(__F16C__)
+    int32_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return _mm_cvtph_ps(_mm_cvtsi32_si128(bits));
+#else
+    return _mm_setr_ps(load_float(from[0]), load_float(from[1]), 0.f, 0.f);
+#endif
+  }
+  template <class T>
+  void add(float weight, const T* from) { value += _mm_set1_ps(weight) * pair(from); }
+  void load(const float* from) { value = pair(from); }
+  void store(float* to) const { _mm_storel_pi(reinterpret_cast<__m64*>(to), value); }
+};
+#endif
+
+// F floats at column c of row r of `from` go to row c, column r of `to`; strides in floats.
+template <int F>
+inline void transpose_entries(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                              int64_t to_stride) {
+  int64_t r = 0;
+#if defined(__AVX2__)
+  if constexpr (F == 2) {
+    const auto load = [](const float* at) { return _mm256_castps_pd(_mm256_loadu_ps(at)); };
+    const auto store = [](float* at, __m256d pairs) { _mm256_storeu_ps(at, _mm256_castpd_ps(pairs)); };
+    for (; r + 4 <= rows; r += 4) {
+      int64_t c = 0;
+      for (; c + 4 <= columns; c += 4) {
+        const float* corner = from + r * from_stride + c * F;
+        const __m256d row0 = load(corner), row1 = load(corner + from_stride);
+        const __m256d row2 = load(corner + 2 * from_stride), row3 = load(corner + 3 * from_stride);
+        const __m256d even01 = _mm256_unpacklo_pd(row0, row1), odd01 = _mm256_unpackhi_pd(row0, row1);
+        const __m256d even23 = _mm256_unpacklo_pd(row2, row3), odd23 = _mm256_unpackhi_pd(row2, row3);
+        float* out = to + c * to_stride + r * F;
+        store(out, _mm256_permute2f128_pd(even01, even23, 0x20));
+        store(out + to_stride, _mm256_permute2f128_pd(odd01, odd23, 0x20));
+        store(out + 2 * to_stride, _mm256_permute2f128_pd(even01, even23, 0x31));
+        store(out + 3 * to_stride, _mm256_permute2f128_pd(odd01, odd23, 0x31));
+      }
+      for (; c < columns; ++c)
+        for (int k = 0; k < 4; ++k)
+          std::memcpy(to + c * to_stride + (r + k) * F, from + (r + k) * from_stride + c * F, F * sizeof(float));
+    }
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      std::memcpy(to + c * to_stride + r * F, from + r * from_stride + c * F, F * sizeof(float));
+}
+
 // One block: cells and indices of one level.
 template <int D>
 struct Block {
@@ -132,13 +226,13 @@ struct Block {
   }
 };
 
-// Tables beyond the second-level cache are read at random: ask for the entries of a later block while this one computes.
-// (Forward pass, one thread: 72 ms without, 26 ms with it, although cells are computed twice.)
-constexpr int kAhead = 4;                   // blocks
+// Tables beyond the second-level cache are read at random: ask for the entries of a later block while this one is
+// computed. Into the second-level cache: the first has too few open requests, and asking it took half as long again.
+constexpr int kAhead = 3;                   // blocks
 constexpr int64_t kCached = 256 << 10;      // bytes of a table that need no prefetch
 
 // Always inline: a call without results or side effects is one that GCC drops.
-template <int D, bool Write>
+template <int D>
 __attribute__((always_inline)) inline void prefetch(const Points<D>& points, int64_t i, const HashGridLevel& level,
                                                     const void* table, int entry_bytes) {
   i += kAhead * kLanes;
@@ -151,8 +245,17 @@ __attribute__((always_inline)) inline void prefetch(const Points<D>& points, int
     const Uints index = cell.index(level, c);
     alignas(64) uint32_t lanes[kLanes];
     std::memcpy(lanes, &index, sizeof index);
-    for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(entries + int64_t(lanes[lane]) * entry_bytes, Write);
+    for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(entries + int64_t(lanes[lane]) * entry_bytes, 0, 2);
   }
+}
+
+inline int valid_lanes(int64_t count, int64_t i) { return count - i < kLanes ? int(count - i) : kLanes; }
+
+// Points of a pass by level that go together, at least 1.
+inline int64_t batch_points(int64_t points, int features) {
+  int64_t most = features ? kStaged / (features * int64_t(sizeof(float))) : kBatch;
+  most = most < kChunk ? kChunk : most > kBatch ? kBatch : most;
+  return points < 1 ? 1 : points < most ? points : most;
 }
 
 inline int value_bytes(int dtype) { return dtype == 0 ? 4 : 2; }
@@ -175,47 +278,125 @@ void by_point(const Params& p, const Body& body) {
   if (bad >= 0) refuse(p.x, D, bad);
 }
 
-inline int valid_lanes(int64_t count, int64_t i) { return count - i < kLanes ? int(count - i) : kLanes; }
+// Indices and weights of the corners of one block, in memory: computed when their entries are asked for, used later.
+template <int D>
+struct Corners {
+  static constexpr int C = 1 << D;
+  alignas(64) uint32_t index[C][kLanes];
+  alignas(64) float weight[C][kLanes];
+};
+
+// body(first point of a block, its Corners) for the blocks from `begin` to `end`; their entries are on the way by then.
+// weigh(cell, first point of a block, corner) are the weights.
+template <int D, class Weigh, class Body>
+__attribute__((always_inline)) inline void for_corners(const HashGridLevel& level, const Points<D>& points,
+                                                       int64_t begin, int64_t end, const void* entries,
+                                                       int entry_bytes, const Weigh& weigh, const Body& body) {
+  constexpr int C = 1 << D, kRing = 4;
+  static_assert(kAhead < kRing, "a block is still in use when its place is taken");
+  const bool far = int64_t(level.count) * entry_bytes > kCached;
+  Corners<D> ring[kRing];
+  for (int64_t i = begin - kAhead * kLanes; i < end; i += kLanes) {
+    const int64_t next = i + kAhead * kLanes;
+    if (next < end) {
+      Corners<D>& corners = ring[next / kLanes % kRing];
+      Floats x[D], keep;
+      points.lanes(next, x, keep);
+      const HashGridCell<Floats, Uints, D> cell(level, x, keep);
+      for (int c = 0; c < C; ++c) {
+        const Uints index = cell.index(level, c);
+        std::memcpy(corners.index[c], &index, sizeof index);
+        store_lanes(corners.weight[c], weigh(cell, next, c));
+        if (far)
+          for (int lane = 0; lane < kLanes; ++lane)
+            __builtin_prefetch(static_cast<const char*>(entries) + int64_t(corners.index[c][lane]) * entry_bytes, 0, 2);
+      }
+    }
+    if (i >= begin) body(i, ring[i / kLanes % kRing]);
+  }
+}
+
+// y [points, F] of one level. Hashed is known at compile time and everything inlined (flatten): a branch for each
+// corner takes as long as the corner.
+template <int D, int F, bool Hashed, class T>
+__attribute__((flatten)) void encode_level(HashGridLevel level, const Points<D>& points, int64_t begin, int64_t end,
+                                           const void* table, float* y) {
+  level.hashed = Hashed;
+  const T* entries = static_cast<const T*>(table) + int64_t(level.first) * F;
+  const auto weigh = [](const auto& cell, int64_t, int c) { return cell.value(c); };
+  for_corners<D>(level, points, begin, end, entries, F * sizeof(T), weigh, [&](int64_t i, const Corners<D>& at) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Row<F> sum;
+      for (int c = 0; c < 1 << D; ++c) sum.add(at.weight[c][lane], entries + int64_t(at.index[c][lane]) * F);
+      sum.store(y + (i + lane) * F);
+    }
+  });
+}
+
+template <int D, int F, bool Hashed>
+void encode_level(const HashGridLevel& level, const Points<D>& points, int64_t begin, int64_t end, const void* table,
+                  int dtype, float* y) {
+  if (dtype == 0) encode_level<D, F, Hashed, float>(level, points, begin, end, table, y);
+  else if (dtype == 1) encode_level<D, F, Hashed, half_t>(level, points, begin, end, table, y);
+  else encode_level<D, F, Hashed, bfloat16_t>(level, points, begin, end, table, y);
+}
+
+// jacobian [points, levels, F, D] of one level
+template <int D, int F>
+void encode_slopes(const HashGridLevel& level, const Points<D>& points, int64_t begin, int64_t end, const void* table,
+                   int dtype, float* jacobian, int64_t row) {
+  constexpr int C = 1 << D;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats x[D], keep, theta[C][F], slopes[F * D] = {};
+    points.lanes(i, x, keep);
+    const Block<D> block(level, x, keep);
+    gather_corners<C, F>(table, dtype, level, block.index, theta);
+    for (int c = 0; c < C; ++c)
+      for (int d = 0; d < D; ++d) {
+        const Floats weight = block.cell.first(c, d);
+        for (int f = 0; f < F; ++f) slopes[f * D + d] += weight * theta[c][f];
+      }
+    store_rows<F * D>(jacobian + i * row, row, valid_lanes(points.count, i), slopes);
+  }
+}
 
 template <int D, int F>
 struct Forward {
   static void run(const HashGridForwardParams& p) {
-    constexpr int C = 1 << D;
-    const int levels = p.layout.levels;
-    const int64_t row = int64_t(levels) * F;
-    by_point<D>(p, [&](const Points<D>& points, int64_t begin) {
-      for (int l = 0; l < levels; ++l) {
-        const HashGridLevel level = hash_grid_level(p.layout, l);
-        for (int64_t i = 0; i < points.count; i += kLanes) {
-          const int valid = valid_lanes(points.count, i);
-          float* y = p.y + (begin + i) * row + l * F;
-          float* jacobian = p.jacobian ? p.jacobian + ((begin + i) * row + l * F) * D : nullptr;
-          if (l >= p.layout.active_levels) {
-            store_zero<F>(y, row, valid);
-            if (jacobian) store_zero<F * D>(jacobian, row * D, valid);
-            continue;
-          }
-          Floats x[D], keep, theta[C][F], sum[F] = {};
-          points.lanes(i, x, keep);
-          prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
-          const Block<D> block(level, x, keep);
-          gather_corners<C, F>(p.table, p.dtype, level, block.index, theta);
-          for (int c = 0; c < C; ++c) {
-            const Floats weight = block.cell.value(c);
-            for (int f = 0; f < F; ++f) sum[f] += weight * theta[c][f];
-          }
-          store_rows<F>(y, row, valid, sum);
-          if (!jacobian) continue;
-          Floats slopes[F * D] = {};
-          for (int c = 0; c < C; ++c)
-            for (int d = 0; d < D; ++d) {
-              const Floats weight = block.cell.first(c, d);
-              for (int f = 0; f < F; ++f) slopes[f * D + d] += weight * theta[c][f];
-            }
-          store_rows<F * D>(jacobian, row * D, valid, slopes);
+    const int levels = p.layout.levels, active = p.layout.active_levels;
+    const int64_t batch = batch_points(p.points, active * F);
+    Points<D> points(batch);
+    const int64_t stride = points.stride * F;
+    Buffer staged(new float[size_t(active * stride)]);  // [active, batch, F]
+    for (int64_t begin = 0; begin < p.points; begin += batch) {
+      const int64_t end = p.points - begin < batch ? p.points : begin + batch;
+      const int64_t bad = points.load(p.x, begin, end, p.layout.clip != 0);
+      if (bad >= 0) refuse(p.x, D, bad);
+      const int64_t chunks = (points.count + kChunk - 1) / kChunk;
+      parallel_for(levels * chunks, 1, [&](int64_t task, int64_t) {
+        const int l = int(task / chunks);
+        const int64_t row = int64_t(levels) * F * D, first = task % chunks * kChunk;
+        const int64_t last = first + kChunk < points.count ? first + kChunk : points.count;
+        float* jacobian = p.jacobian ? p.jacobian + begin * row + l * F * D : nullptr;
+        if (l < active) {
+          const HashGridLevel level = hash_grid_level(p.layout, l);
+          float* y = staged.get() + l * stride;
+          if (level.hashed) encode_level<D, F, true>(level, points, first, last, p.table, p.dtype, y);
+          else encode_level<D, F, false>(level, points, first, last, p.table, p.dtype, y);
+          if (jacobian) encode_slopes<D, F>(level, points, first, last, p.table, p.dtype, jacobian, row);
+        } else if (jacobian) {
+          for (int64_t i = first; i < last; ++i) std::memset(jacobian + i * row, 0, F * D * sizeof(float));
         }
-      }
-    });
+      });
+      parallel_for(points.count, 1024, [&](int64_t first, int64_t last) {
+        const int64_t row = int64_t(levels) * F;
+        float* y = p.y + (begin + first) * row;
+        transpose_entries<F>(staged.get() + first * F, stride, active, last - first, y, row);
+        if (active == levels) return;
+        for (int64_t i = 0; i < last - first; ++i)
+          std::memset(y + i * row + active * F, 0, size_t(levels - active) * F * sizeof(float));
+      });
+    }
   }
 };
 
@@ -251,7 +432,7 @@ struct BackwardX {
           const int64_t row = ((begin + i) * levels + l) * F;
           Floats x[D], keep, theta[C][F], grad_y[F], sum[D] = {};
           points.lanes(i, x, keep);
-          prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
+          prefetch<D>(points, i, level, p.table, F * value_bytes(p.dtype));
           const Block<D> block(level, x, keep);
           gather_corners<C, F>(p.table, p.dtype, level, block.index, theta);
           load_rows<F>(p.grad_y + row, levels, valid, grad_y);
@@ -302,8 +483,8 @@ struct SecondPoints {
           }
           Floats x[D], keep, unused, toward[D], theta[C][F], grad_y[F], grad_grad_y[F] = {}, sum[D] = {};
           points.lanes(i, x, keep);
-          if (p.cotangent_x) prefetch<D, false>(points, i, level, p.table, F * value_bytes(p.dtype));
-          if (p.cotangent_params) prefetch<D, false>(points, i, level, p.cotangent_params, F * 4);
+          if (p.cotangent_x) prefetch<D>(points, i, level, p.table, F * value_bytes(p.dtype));
+          if (p.cotangent_params) prefetch<D>(points, i, level, p.cotangent_params, F * 4);
           const Block<D> block(level, x, keep);
           load_rows<F>(p.grad_y + row, levels, valid, grad_y);
           if (p.cotangent_x) {
@@ -354,108 +535,92 @@ inline void prefer_large_pages(void* begin, size_t bytes) {
 #endif
 }
 
-// F floats as one vector, for read-modify-write of table entries.
-template <int F>
-struct Entry {
-  typedef float Vector __attribute__((vector_size(4 * F)));
-  static void add(float* to, float weight, const float* value) {
-    Vector sum, addend;
-    std::memcpy(&sum, to, sizeof sum);
-    std::memcpy(&addend, value, sizeof addend);
-    sum += weight * addend;
-    std::memcpy(to, &sum, sizeof sum);
-  }
-};
-template <>
-struct Entry<1> {
-  static void add(float* to, float weight, const float* value) { *to += weight * *value; }
-};
+// table[corner] += weight of the corner * row(point), for entries low <= corner < low + span
+template <int D, int F, class Weigh>
+__attribute__((flatten)) void scatter_level(const HashGridLevel& level, const Points<D>& points, const float* rows,
+                                            float* table, uint32_t low, uint32_t span, const Weigh& weigh) {
+  const int ahead = span == level.count ? F * int(sizeof(float)) : 0;  // no prefetch of what another thread may own
+  for_corners<D>(level, points, 0, points.count, table, ahead, weigh, [&](int64_t i, const Corners<D>& at) {
+    const int valid = valid_lanes(points.count, i);
+    for (int lane = 0; lane < valid; ++lane)
+      for (int c = 0; c < 1 << D; ++c) {
+        if (at.index[c][lane] - low >= span) continue;
+        float* entry = table + int64_t(at.index[c][lane]) * F;
+        Row<F> sum;
+        sum.load(entry);
+        sum.add(at.weight[c][lane], rows + (i + lane) * F);
+        sum.store(entry);
+      }
+  });
+}
+
+template <int D, int F, bool Hashed>
+void scatter_values(HashGridLevel level, const Points<D>& points, const float* rows, float* table, uint32_t low,
+                    uint32_t span) {
+  level.hashed = Hashed;
+  const auto weigh = [](const auto& cell, int64_t, int c) { return cell.value(c); };
+  scatter_level<D, F>(level, points, rows, table, low, span, weigh);
+}
 
 // grad_params[corner] += W_c grad_y + sum over d of (dW_c/dx_d) grad_jacobian_d, where `toward` v stands for
 // grad_jacobian = grad_y v without the first term.
 template <int D, int F>
 struct Scatter {
-  static constexpr int C = 1 << D;
-
   static void run(const HashGridLayout& layout, const float* x, int64_t points, const float* grad_y,
                   const float* grad_jacobian, const float* toward, float* grad_params) {
     const int levels = layout.levels, active = layout.active_levels;
     prefer_large_pages(grad_params, size_t(layout.offsets[levels]) * F * sizeof(float));
     // Slices depend on the number of threads, but no entry's sum does: each is added in the order of the points.
     const int slices = active ? (2 * thread_count() + active - 1) / active : 0;
-    const int64_t batch = points < kBatch ? points : kBatch;
+    const int64_t batch = batch_points(points, active * F);
     Points<D> at(batch), along(toward ? batch : 0);
     Buffer rows(new float[size_t(batch * active * F)]);  // [active, batch, F]
-    for (int64_t begin = 0; begin < points || begin == 0; begin += kBatch) {
-      const int64_t end = points - begin < kBatch ? points : begin + kBatch, count = end - begin;
+    for (int64_t begin = 0; begin < points || begin == 0; begin += batch) {
+      const int64_t end = points - begin < batch ? points : begin + batch, count = end - begin;
       if (count > 0) {
         const int64_t bad = at.load(x, begin, end, layout.clip != 0);
         if (bad >= 0) refuse(x, D, bad);
         if (toward) along.load(toward, begin, end, false);
         parallel_for(count, 1024, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i)
-            for (int l = 0; l < active; ++l)
-              std::memcpy(rows.get() + (l * batch + i) * F, grad_y + ((begin + i) * levels + l) * F, F * sizeof(float));
+          const int64_t row = int64_t(levels) * F;
+          transpose_entries<F>(grad_y + (begin + first) * row, row, last - first, active, rows.get() + first * F,
+                               batch * F);
         });
       }
       parallel_for(int64_t(levels) * slices, 1, [&](int64_t task, int64_t) {
         const int l = levels - 1 - int(task / slices), slice = int(task % slices);  // the slow levels first
         const HashGridLevel level = hash_grid_level(layout, l);
         const auto low = uint32_t(uint64_t(level.count) * slice / slices);
-        const auto high = uint32_t(uint64_t(level.count) * (slice + 1) / slices);
+        const auto span = uint32_t(uint64_t(level.count) * (slice + 1) / slices) - low;
         float* table = grad_params + int64_t(level.first) * F;
-        if (begin == 0) std::memset(table + int64_t(low) * F, 0, size_t(high - low) * F * sizeof(float));
+        if (begin == 0) std::memset(table + int64_t(low) * F, 0, size_t(span) * F * sizeof(float));
         if (l >= active || count <= 0) return;
-        const float* rows_of_level = rows.get() + l * batch * F;
-        const float* jacobian = grad_jacobian ? grad_jacobian + (begin * levels + l) * F * D : nullptr;
-        if (slices == 1) level_pass<false>(level, at, along, toward, rows_of_level, jacobian, levels, grad_params, 0, 0);
-        else level_pass<true>(level, at, along, toward, rows_of_level, jacobian, levels, grad_params, low, high);
+        const float* row = rows.get() + l * batch * F;
+        if (toward) {
+          scatter_level<D, F>(level, at, row, table, low, span, [&](const auto& cell, int64_t i, int c) {
+            Floats direction[D], unused;
+            along.lanes(i, direction, unused);
+            Floats weight = cell.first(c, 0) * direction[0];
+            for (int d = 1; d < D; ++d) weight += cell.first(c, d) * direction[d];
+            return weight;
+          });
+        } else if (level.hashed) {
+          scatter_values<D, F, true>(level, at, row, table, low, span);
+        } else {
+          scatter_values<D, F, false>(level, at, row, table, low, span);
+        }
+        if (!grad_jacobian) return;
+        Buffer column(new float[size_t(count * F)]);
+        for (int d = 0; d < D; ++d) {
+          for (int64_t i = 0; i < count; ++i)
+            for (int f = 0; f < F; ++f)
+              column[i * F + f] = grad_jacobian[(((begin + i) * levels + l) * F + f) * D + d];
+          scatter_level<D, F>(level, at, column.get(), table, low, span,
+                              [d](const auto& cell, int64_t, int c) { return cell.first(c, d); });
+        }
       });
     }
     if (!active) std::memset(grad_params, 0, size_t(layout.offsets[levels]) * F * sizeof(float));
-  }
-
-  template <bool Sliced>
-  static void level_pass(const HashGridLevel& level, const Points<D>& at, const Points<D>& along, bool toward,
-                         const float* rows, const float* jacobian, int levels, float* grad_params, uint32_t low,
-                         uint32_t high) {
-    float* table = grad_params + int64_t(level.first) * F;
-    for (int64_t i = 0; i < at.count; i += kLanes) {
-      const int valid = valid_lanes(at.count, i);
-      Floats x[D], keep, direction[D], weight[C];
-      at.lanes(i, x, keep);
-      if (!Sliced) prefetch<D, true>(at, i, level, grad_params, F * 4);
-      const Block<D> block(level, x, keep);
-      if (toward) {
-        Floats unused;
-        along.lanes(i, direction, unused);
-        for (int c = 0; c < C; ++c) {
-          weight[c] = block.cell.first(c, 0) * direction[0];
-          for (int d = 1; d < D; ++d) weight[c] += block.cell.first(c, d) * direction[d];
-        }
-      } else {
-        for (int c = 0; c < C; ++c) weight[c] = block.cell.value(c);
-      }
-      for (int lane = 0; lane < valid; ++lane)
-        for (int c = 0; c < C; ++c) {
-          const uint32_t entry = block.index[c][lane];
-          if (Sliced && (entry < low || entry >= high)) continue;
-          Entry<F>::add(table + int64_t(entry) * F, weight[c][lane], rows + (i + lane) * F);
-        }
-      if (!jacobian) continue;
-      for (int d = 0; d < D; ++d) {
-        for (int c = 0; c < C; ++c) weight[c] = block.cell.first(c, d);
-        for (int lane = 0; lane < valid; ++lane) {
-          float column[F];
-          for (int f = 0; f < F; ++f) column[f] = jacobian[((i + lane) * levels * F + f) * D + d];
-          for (int c = 0; c < C; ++c) {
-            const uint32_t entry = block.index[c][lane];
-            if (Sliced && (entry < low || entry >= high)) continue;
-            Entry<F>::add(table + int64_t(entry) * F, weight[c][lane], column);
-          }
-        }
-      }
-    }
   }
 };
 

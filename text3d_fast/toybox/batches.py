@@ -29,6 +29,7 @@ class TrainSettings:
     largest_weight: float = 8.0
     noise_exponent: float = 0.25  # noise levels are drawn as u^exponent: below 1, noisier ones more often
     front: float = 0.7  # share of front views among images whose camera is dropped; the others follow the data
+    overhead: float = 0.12  # share of further views from above, which are few in the data, where the camera is given
     seed: int = 0
 
 
@@ -49,8 +50,11 @@ def training_choice(
     rows = torch.randint(len(data), (count,), generator=generator).numpy()
     # given the camera, how often it occurs does not matter; without it, this share is what makes Janus faces likely
     places = torch.rand(count, generator=generator)
-    for k in (no_camera < settings.drop_camera).nonzero()[:, 0]:
-        some = data.front if luck[k] < settings.front else data.not_front
+    for k in range(count):
+        if no_camera[k] < settings.drop_camera:
+            some = data.front if luck[k] < settings.front else data.not_front
+        else:
+            some = data.overhead if luck[k] < settings.overhead else ()
         if len(some):
             rows[k] = some[int(places[k] * len(some))]
     camera = torch.from_numpy(data.camera[rows])

@@ -158,8 +158,8 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
 class RenderedImages:
     """A rendered dataset: `images(rows)` uint8 [n, H, W, 4], `records[row]`, and the truths as arrays.
 
-    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance; `front` and `not_front` are
-    the rows seen from the front, and the others.
+    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance; `front`, `not_front`
+    and `overhead` are the rows seen from the front, from elsewhere, and from above.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -172,8 +172,9 @@ class RenderedImages:
         self.descriptions = [Description.from_dict(record["description"]) for record in self.records]
         keys = ("elevation", "azimuth", "distance")
         self.camera = np.array([[record[key] for key in keys] for record in self.records], dtype=np.float32)
-        ahead = np.array([view_word(float(c[0]), float(c[1])) == "front" for c in self.camera])
-        self.front, self.not_front = ahead.nonzero()[0], (~ahead).nonzero()[0]
+        words = np.array([view_word(float(c[0]), float(c[1])) for c in self.camera])
+        self.front, self.not_front = (words == "front").nonzero()[0], (words != "front").nonzero()[0]
+        self.overhead = (words == "overhead").nonzero()[0]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

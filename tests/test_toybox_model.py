@@ -9,7 +9,7 @@ import torch
 
 from text3d_fast.guidance.prior import Conditions
 from text3d_fast.pipelines.priors import toybox_weights
-from text3d_fast.toybox.batches import TrainSettings, training_batch
+from text3d_fast.toybox.batches import TrainSettings, training_batch, training_choice
 from text3d_fast.toybox.captions import view_word, words
 from text3d_fast.toybox.dataset import RenderedImages, render_dataset
 from text3d_fast.toybox.mean import mean_image_loss, train_mean_image
@@ -46,6 +46,16 @@ def data(tmp_path_factory):
 
 def conditions(count):
     return Conditions(["a red mug, front view"] * count, torch.tensor([[0.3, 0.1, 2.7]] * count), torch.rand(count, 3))
+
+
+def test_views_from_above_are_drawn_more_often_where_the_camera_is_given(data):
+    images = RenderedImages(data)
+    images.overhead = torch.tensor([3]).numpy()
+    settings = TrainSettings(batch=400, overhead=0.5, drop_camera=0.5, front=0.0)
+    rows, conditions, _, _ = training_choice(images, settings, 0)
+    given = ~conditions.camera.isnan().any(1).numpy()
+    assert 0.4 < (rows[given] == 3).mean() < 0.65  # 0.5 and one in 24; 200 draws: 0.035
+    assert (rows[~given] == 3).mean() < 0.15
 
 
 def test_every_word_is_one_token():

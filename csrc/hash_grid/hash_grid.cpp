@@ -54,13 +54,30 @@ struct Points {
 
   explicit Points(int64_t most) : stride((most + kLanes - 1) / kLanes * kLanes), memory(new float[stride * (D + 1)]) {}
 
-  // Returns the first point that is not finite, or -1.
+  // Returns a point that is not finite, or -1.
   int64_t load(const float* x, int64_t begin, int64_t end, bool clip) {
     count = end - begin;
+    const int64_t bad = fill(x + begin * D, 0, count, clip);
+    return bad < 0 ? bad : begin + bad;
+  }
+
+  // The same by all threads.
+  int64_t load_together(const float* x, int64_t begin, int64_t end, bool clip) {
+    count = end - begin;
+    std::atomic<int64_t> bad{-1};
+    parallel_for(count, kChunk, [&](int64_t first, int64_t last) {
+      const int64_t found = fill(x + begin * D, first, last, clip);
+      if (found >= 0) bad = begin + found;
+    });
+    return bad;
+  }
+
+  int64_t fill(const float* x, int64_t first, int64_t last, bool clip) {
     float* keep = memory.get() + D * stride;
     int64_t bad = -1;
-    for (int64_t i = 0; i < (count + kLanes - 1) / kLanes * kLanes; ++i) {
-      const float* point = x + (begin + (i < count ? i : count - 1)) * D;
+    const int64_t end = last < count ? last : (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = first; i < end; ++i) {
+      const float* point = x + (i < count ? i : count - 1) * D;
       float inside = 1.f, zero = 0.f;
       for (int d = 0; d < D; ++d) {
         memory[d * stride + i] = point[d];
@@ -68,7 +85,7 @@ struct Points {
         zero += point[d] - point[d];
       }
       keep[i] = clip ? inside : 1.f;
-      if (!(zero == 0.f) && bad < 0) bad = begin + (i < count ? i : count - 1);
+      if (!(zero == 0.f) && bad < 0) bad = i < count ? i : count - 1;
     }
     return bad;
   }
@@ -307,10 +324,10 @@ __attribute__((always_inline)) inline void for_corners(const HashGridLevel& leve
         const Uints index = cell.index(level, c);
         std::memcpy(corners.index[c], &index, sizeof index);
         store_lanes(corners.weight[c], weigh(cell, next, c));
-        if (far)
-          for (int lane = 0; lane < kLanes; ++lane)
-            __builtin_prefetch(static_cast<const char*>(entries) + int64_t(corners.index[c][lane]) * entry_bytes, 0, 2);
       }
+      for (int c = 0; far && c < C; ++c)
+        for (int lane = 0; lane < kLanes; ++lane)
+          __builtin_prefetch(static_cast<const char*>(entries) + int64_t(corners.index[c][lane]) * entry_bytes, 0, 2);
     }
     if (i >= begin) body(i, ring[i / kLanes % kRing]);
   }
@@ -370,7 +387,7 @@ struct Forward {
     Buffer staged(new float[size_t(active * stride)]);  // [active, batch, F]
     for (int64_t begin = 0; begin < p.points; begin += batch) {
       const int64_t end = p.points - begin < batch ? p.points : begin + batch;
-      const int64_t bad = points.load(p.x, begin, end, p.layout.clip != 0);
+      const int64_t bad = points.load_together(p.x, begin, end, p.layout.clip != 0);
       if (bad >= 0) refuse(p.x, D, bad);
       const int64_t chunks = (points.count + kChunk - 1) / kChunk;
       parallel_for(levels * chunks, 1, [&](int64_t task, int64_t) {
@@ -578,9 +595,9 @@ struct Scatter {
     for (int64_t begin = 0; begin < points || begin == 0; begin += batch) {
       const int64_t end = points - begin < batch ? points : begin + batch, count = end - begin;
       if (count > 0) {
-        const int64_t bad = at.load(x, begin, end, layout.clip != 0);
+        const int64_t bad = at.load_together(x, begin, end, layout.clip != 0);
         if (bad >= 0) refuse(x, D, bad);
-        if (toward) along.load(toward, begin, end, false);
+        if (toward) along.load_together(toward, begin, end, false);
         parallel_for(count, 1024, [&](int64_t first, int64_t last) {
           const int64_t row = int64_t(levels) * F;
           transpose_entries<F>(grad_y + (begin + first) * row, row, last - first, active, rows.get() + first * F,

@@ -130,6 +130,29 @@ def test_value_and_jacobian_match_the_reference(spec, device, generator, poisone
 
 
 @needs_native
+@pytest.mark.parametrize("with_x", [False, True], ids=["x fixed", "x free"])
+@pytest.mark.parametrize("spec", SPECS[::3], ids=name)
+def test_vjp_matches_the_reference(spec, with_x, device, generator, poisoned_empty):
+    x, params = inputs(spec, 35, generator, device=device)
+    cotangent = torch.randn(35, spec.output_dim, generator=generator, device=device)
+    outer = torch.randn(x.shape, generator=generator, device=device)
+
+    def run(x, params, cotangent, outer):
+        x, params, cotangent = (v.clone().requires_grad_() for v in (x, params, cotangent))
+        given = x if with_x else x.detach()
+        slope = ops.hash_grid_vjp(given, params, cotangent, spec, spec.levels - 1)
+        leaves = (x, params, cotangent) if with_x else (params, cotangent)
+        with torch.no_grad():
+            assert torch.equal(ops.hash_grid_vjp(given, params, cotangent, spec, spec.levels - 1), slope)
+        return slope, *torch.autograd.grad(slope, leaves, outer)
+
+    got = run(x, params, cotangent, outer)
+    with use_backend("reference"):
+        expected = run(*(v.double() for v in (x, params, cotangent, outer)))
+    assert_close(got, expected, name(spec))
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spec", [*SPECS[:8], SPECS[-2]], ids=name)
 def test_rounded_tables(spec, dtype, device, generator):
@@ -279,13 +302,14 @@ def test_opcheck(compute_dtype, device, generator):
 
 @needs_native
 def test_compiles_whole(device, generator):
-    """Both ops in one graph, as a field with analytic normals uses them; active_levels may change."""
+    """All three ops in one graph, as a field with analytic normals uses them; active_levels may change."""
     grid = nn.HashGrid(small(), device=device, generator=generator, compute_dtype=torch.float16)
     x, _ = inputs(grid.spec, 13, generator, device=device)
 
     def loss(x):
         value, slope = grid.value_and_grad(x)
-        return (grid(x) * value).sum() + slope.square().sum() * 1e3
+        along = ops.hash_grid_vjp(x, grid.params, value, grid.spec, grid.active_levels, grid.compute_dtype)
+        return (grid(x) * value).sum() + slope.square().sum() * 1e3 + along.sum() * 1e6
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for grid.active_levels in (None, 2, 3):
@@ -335,6 +359,8 @@ def test_errors_name_the_argument():
         ops.hash_grid(x, params, spec, active_levels=6)
     with pytest.raises(TypeError, match="compute_dtype: expected one of torch.float32"):
         ops.hash_grid_grad(x, params, spec, compute_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"cotangent: expected shape \[4, \d+\], got \[3, \d+\]"):
+        ops.hash_grid_vjp(x, params, torch.zeros(3, spec.output_dim), spec)
     with pytest.raises(TypeError, match="spec: expected a HashGridSpec, got str"):
         ops.hash_grid(x, params, spec.key)
     if not native.emulated():

@@ -150,18 +150,30 @@ inline void gather(const float* table, Uints index, Floats* out) {
     }
   }
 #elif defined(__AVX2__)
+  // Whole entries one by one take half the time of gathers feature by feature.
   if constexpr (Features == 1) {
     out[0] = (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
   } else {
-    const __m256i pair = (__m256i)(index * uint32_t(Features / 2));
-    const __m128i low = _mm256_castsi256_si128(pair), high = _mm256_extracti128_si256(pair, 1);
-    for (int f = 0; f < Features; f += 2) {
-      const auto* base = reinterpret_cast<const double*>(table + f);
-      const __m256 a = _mm256_castpd_ps(_mm256_i32gather_pd(base, low, 8));
-      const __m256 b = _mm256_castpd_ps(_mm256_i32gather_pd(base, high, 8));
-      const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
-      out[f] = (Floats)_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8);
-      out[f + 1] = (Floats)_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8);
+    const float* from[kLanes];
+    alignas(32) uint32_t lanes[kLanes];
+    std::memcpy(lanes, &index, sizeof lanes);
+    for (int lane = 0; lane < kLanes; ++lane) from[lane] = table + int64_t(lanes[lane]) * Features;
+    if constexpr (Features == 2) {
+      __m256d pairs[2];  // lanes 0, 1, 4, 5 and 2, 3, 6, 7
+      for (int half = 0; half < 2; ++half) {
+        const auto two = [&](int lane) {
+          const __m128d first = _mm_load_sd(reinterpret_cast<const double*>(from[lane]));
+          return _mm_loadh_pd(first, reinterpret_cast<const double*>(from[lane + 1]));
+        };
+        pairs[half] = _mm256_insertf128_pd(_mm256_castpd128_pd256(two(2 * half)), two(2 * half + 4), 1);
+      }
+      const __m256 a = _mm256_castpd_ps(pairs[0]), b = _mm256_castpd_ps(pairs[1]);
+      out[0] = (Floats)_mm256_shuffle_ps(a, b, 0x88), out[1] = (Floats)_mm256_shuffle_ps(a, b, 0xdd);
+    } else {
+      for (int f = 0; f < Features; f += 4) {
+        load_rows(from, out[f], out[f + 1], out[f + 2], out[f + 3]);
+        for (int lane = 0; lane < kLanes; ++lane) from[lane] += 4;
+      }
     }
   }
 #else

@@ -333,14 +333,32 @@ __attribute__((always_inline)) inline void for_corners(const HashGridLevel& leve
   }
 }
 
-// y [points, F] of one level. Hashed is known at compile time and everything inlined (flatten): a branch for each
-// corner takes as long as the corner.
-template <int D, int F, bool Hashed, class T>
+// Weights of the corners: their values, or their derivatives along a direction of each point.
+struct Values {
+  template <class Cell>
+  Floats operator()(const Cell& cell, int64_t, int corner) const { return cell.value(corner); }
+};
+
+template <int D>
+struct Slopes {
+  const Points<D>& directions;
+  template <class Cell>
+  Floats operator()(const Cell& cell, int64_t i, int corner) const {
+    Floats along[D], unused;
+    directions.lanes(i, along, unused);
+    Floats weight = cell.first(corner, 0) * along[0];
+    for (int d = 1; d < D; ++d) weight += cell.first(corner, d) * along[d];
+    return weight;
+  }
+};
+
+// y [points, F] of one level: the sum over the corners of weight * entry. Everything is inlined (flatten), for Hashed
+// to be known: a branch for each corner takes as long as the corner.
+template <int D, int F, bool Hashed, class T, class Weigh>
 __attribute__((flatten)) void encode_level(HashGridLevel level, const Points<D>& points, int64_t begin, int64_t end,
-                                           const void* table, float* y) {
+                                           const void* table, const Weigh& weigh, float* y) {
   level.hashed = Hashed;
   const T* entries = static_cast<const T*>(table) + int64_t(level.first) * F;
-  const auto weigh = [](const auto& cell, int64_t, int c) { return cell.value(c); };
   for_corners<D>(level, points, begin, end, entries, F * sizeof(T), weigh, [&](int64_t i, const Corners<D>& at) {
     for (int lane = 0; lane < kLanes; ++lane) {
       Row<F> sum;
@@ -350,12 +368,17 @@ __attribute__((flatten)) void encode_level(HashGridLevel level, const Points<D>&
   });
 }
 
-template <int D, int F, bool Hashed>
+template <int D, int F, class Weigh>
 void encode_level(const HashGridLevel& level, const Points<D>& points, int64_t begin, int64_t end, const void* table,
-                  int dtype, float* y) {
-  if (dtype == 0) encode_level<D, F, Hashed, float>(level, points, begin, end, table, y);
-  else if (dtype == 1) encode_level<D, F, Hashed, half_t>(level, points, begin, end, table, y);
-  else encode_level<D, F, Hashed, bfloat16_t>(level, points, begin, end, table, y);
+                  int dtype, const Weigh& weigh, float* y) {
+  const auto run = [&](auto entry) {
+    using T = decltype(entry);
+    if (level.hashed) encode_level<D, F, true, T>(level, points, begin, end, table, weigh, y);
+    else encode_level<D, F, false, T>(level, points, begin, end, table, weigh, y);
+  };
+  if (dtype == 0) run(0.f);
+  else if (dtype == 1) run(half_t());
+  else run(bfloat16_t());
 }
 
 // jacobian [points, levels, F, D] of one level
@@ -377,43 +400,50 @@ void encode_slopes(const HashGridLevel& level, const Points<D>& points, int64_t 
   }
 }
 
+// y [points, levels, F]; with `toward` [points, D] its derivative along that. jacobian [points, levels, F, D] or null.
+template <int D, int F>
+void encode(const HashGridLayout& layout, const float* x, int64_t count, const void* table, int dtype,
+            const float* toward, float* out, float* jacobian) {
+  const int levels = layout.levels, active = layout.active_levels;
+  const int64_t batch = batch_points(count, active * F), row = int64_t(levels) * F;
+  Points<D> points(batch), along(toward ? batch : 0);
+  const int64_t stride = points.stride * F;
+  Buffer staged(new float[size_t(active * stride)]);  // [active, batch, F]
+  for (int64_t begin = 0; begin < count; begin += batch) {
+    const int64_t end = count - begin < batch ? count : begin + batch;
+    const int64_t bad = points.load_together(x, begin, end, layout.clip != 0);
+    if (bad >= 0) refuse(x, D, bad);
+    if (toward) along.load_together(toward, begin, end, false);
+    const int64_t chunks = (points.count + kChunk - 1) / kChunk;
+    parallel_for(levels * chunks, 1, [&](int64_t task, int64_t) {
+      const int l = int(task / chunks);
+      const int64_t first = task % chunks * kChunk;
+      const int64_t last = first + kChunk < points.count ? first + kChunk : points.count;
+      float* slopes = jacobian ? jacobian + (begin * row + l * F) * D : nullptr;
+      if (l < active) {
+        const HashGridLevel level = hash_grid_level(layout, l);
+        float* y = staged.get() + l * stride;
+        if (toward) encode_level<D, F>(level, points, first, last, table, dtype, Slopes<D>{along}, y);
+        else encode_level<D, F>(level, points, first, last, table, dtype, Values(), y);
+        if (slopes) encode_slopes<D, F>(level, points, first, last, table, dtype, slopes, row * D);
+      } else if (slopes) {
+        for (int64_t i = first; i < last; ++i) std::memset(slopes + i * row * D, 0, F * D * sizeof(float));
+      }
+    });
+    parallel_for(points.count, 1024, [&](int64_t first, int64_t last) {
+      float* y = out + (begin + first) * row;
+      transpose_entries<F>(staged.get() + first * F, stride, active, last - first, y, row);
+      if (active == levels) return;
+      for (int64_t i = 0; i < last - first; ++i)
+        std::memset(y + i * row + active * F, 0, size_t(levels - active) * F * sizeof(float));
+    });
+  }
+}
+
 template <int D, int F>
 struct Forward {
   static void run(const HashGridForwardParams& p) {
-    const int levels = p.layout.levels, active = p.layout.active_levels;
-    const int64_t batch = batch_points(p.points, active * F);
-    Points<D> points(batch);
-    const int64_t stride = points.stride * F;
-    Buffer staged(new float[size_t(active * stride)]);  // [active, batch, F]
-    for (int64_t begin = 0; begin < p.points; begin += batch) {
-      const int64_t end = p.points - begin < batch ? p.points : begin + batch;
-      const int64_t bad = points.load_together(p.x, begin, end, p.layout.clip != 0);
-      if (bad >= 0) refuse(p.x, D, bad);
-      const int64_t chunks = (points.count + kChunk - 1) / kChunk;
-      parallel_for(levels * chunks, 1, [&](int64_t task, int64_t) {
-        const int l = int(task / chunks);
-        const int64_t row = int64_t(levels) * F * D, first = task % chunks * kChunk;
-        const int64_t last = first + kChunk < points.count ? first + kChunk : points.count;
-        float* jacobian = p.jacobian ? p.jacobian + begin * row + l * F * D : nullptr;
-        if (l < active) {
-          const HashGridLevel level = hash_grid_level(p.layout, l);
-          float* y = staged.get() + l * stride;
-          if (level.hashed) encode_level<D, F, true>(level, points, first, last, p.table, p.dtype, y);
-          else encode_level<D, F, false>(level, points, first, last, p.table, p.dtype, y);
-          if (jacobian) encode_slopes<D, F>(level, points, first, last, p.table, p.dtype, jacobian, row);
-        } else if (jacobian) {
-          for (int64_t i = first; i < last; ++i) std::memset(jacobian + i * row, 0, F * D * sizeof(float));
-        }
-      });
-      parallel_for(points.count, 1024, [&](int64_t first, int64_t last) {
-        const int64_t row = int64_t(levels) * F;
-        float* y = p.y + (begin + first) * row;
-        transpose_entries<F>(staged.get() + first * F, stride, active, last - first, y, row);
-        if (active == levels) return;
-        for (int64_t i = 0; i < last - first; ++i)
-          std::memset(y + i * row + active * F, 0, size_t(levels - active) * F * sizeof(float));
-      });
-    }
+    encode<D, F>(p.layout, p.x, p.points, p.table, p.dtype, nullptr, p.y, p.jacobian);
   }
 };
 
@@ -575,8 +605,7 @@ template <int D, int F, bool Hashed>
 void scatter_values(HashGridLevel level, const Points<D>& points, const float* rows, float* table, uint32_t low,
                     uint32_t span) {
   level.hashed = Hashed;
-  const auto weigh = [](const auto& cell, int64_t, int c) { return cell.value(c); };
-  scatter_level<D, F>(level, points, rows, table, low, span, weigh);
+  scatter_level<D, F>(level, points, rows, table, low, span, Values());
 }
 
 // grad_params[corner] += W_c grad_y + sum over d of (dW_c/dx_d) grad_jacobian_d, where `toward` v stands for
@@ -614,13 +643,7 @@ struct Scatter {
         if (l >= active || count <= 0) return;
         const float* row = rows.get() + l * batch * F;
         if (toward) {
-          scatter_level<D, F>(level, at, row, table, low, span, [&](const auto& cell, int64_t i, int c) {
-            Floats direction[D], unused;
-            along.lanes(i, direction, unused);
-            Floats weight = cell.first(c, 0) * direction[0];
-            for (int d = 1; d < D; ++d) weight += cell.first(c, d) * direction[d];
-            return weight;
-          });
+          scatter_level<D, F>(level, at, row, table, low, span, Slopes<D>{along});
         } else if (level.hashed) {
           scatter_values<D, F, true>(level, at, row, table, low, span);
         } else {
@@ -653,7 +676,10 @@ struct Backward {
 template <int D, int F>
 struct Second {
   static void run(const HashGridSecondParams& p) {
-    SecondPoints<D, F>::run(p);
+    if (p.cotangent_x && !p.cotangent_params && !p.grad_x)  // usual: the derivative of a vjp by all but the points
+      encode<D, F>(p.layout, p.x, p.points, p.table, p.dtype, p.cotangent_x, p.grad_grad_y, nullptr);
+    else
+      SecondPoints<D, F>::run(p);
     if (p.grad_params) Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, nullptr, p.cotangent_x, p.grad_params);
   }
 };

@@ -2,7 +2,7 @@
 
 from text3d_fast.ops.antialias import antialias, antialias_topology
 from text3d_fast.ops.composite import Composite, composite
-from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad
+from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad, hash_grid_vjp
 from text3d_fast.ops.interpolate import interpolate
 from text3d_fast.ops.march_rays import march_rays
 from text3d_fast.ops.marching_tets import marching_tets
@@ -23,6 +23,7 @@ __all__ = [
     "composite",
     "hash_grid",
     "hash_grid_grad",
+    "hash_grid_vjp",
     "interpolate",
     "march_rays",
     "marching_tets",

@@ -54,6 +54,16 @@ def hash_grid_grad(
         return y, torch.stack(columns, 1)
 
 
+def hash_grid_vjp(
+    x: torch.Tensor, params: torch.Tensor, cotangent: torch.Tensor, spec: HashGridSpec, active_levels: int
+) -> torch.Tensor:
+    """Shapes and meaning as `ops.hash_grid_vjp`."""
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        y = hash_grid(x, params, spec, active_levels)
+        return torch.autograd.grad(y, x, cotangent, create_graph=True, materialize_grads=True)[0]
+
+
 def _index(cell: torch.Tensor, corner: tuple[int, ...], spec: HashGridSpec, level: int) -> torch.Tensor:
     """Entry of the level's table for one corner of each cell; uint32 arithmetic in int64."""
     count = spec.level_offsets[level + 1] - spec.level_offsets[level]

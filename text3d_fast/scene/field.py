@@ -119,10 +119,7 @@ class RadianceField(nn.Module):
         """raw density [N], raw albedo [N, 3], and d raw density / d x [N, 3] if asked for."""
         x = ((positions + self.radius) / (2 * self.radius)).clamp(0, 1)
         spec, table = self.grid.spec, self.grid.params
-        if with_gradient:
-            features, slope = ops.hash_grid_grad(x, table, spec, self.active_levels)
-        else:
-            features = ops.hash_grid(x, table, spec, self.active_levels)
+        features = ops.hash_grid(x, table, spec, self.active_levels)
         inner = self.hidden(features)
         out = self.output(torch.relu(inner))
         raw = out[:, 0] + self.blob(positions)
@@ -130,7 +127,7 @@ class RadianceField(nn.Module):
             return raw, out[:, 1:], None
         # The network's twin: d raw / d features by hand, [N, K], then the chain rule through the grid.
         by_feature = ((inner > 0) * self.output.weight[0]) @ self.hidden.weight
-        gradient = (by_feature[:, None, :] @ slope)[:, 0] / (2 * self.radius)
+        gradient = ops.hash_grid_vjp(x, table, by_feature, spec, self.active_levels) / (2 * self.radius)
         return raw, out[:, 1:], gradient + self.blob.gradient(positions)
 
     def _finite_gradient(self, positions: Tensor, step: float = 0.01) -> Tensor:

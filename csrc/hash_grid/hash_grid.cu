@@ -186,9 +186,7 @@ struct SecondPoints {
           const int64_t entry = int64_t(level.first) + cell.index(level, c);
           float theta[F], dot = 0.f;
           if (p.cotangent_x) {
-            float weight = 0.f;
-            TEXT3D_UNROLL
-            for (int d = 0; d < D; ++d) weight += cell.first(c, d) * toward[d];
+            const float weight = cell.along(c, toward);
             load_entry<F>(p.table, p.dtype, entry, theta);
             TEXT3D_UNROLL
             for (int f = 0; f < F; ++f) grad_grad_y[f] += weight * theta[f], dot += theta[f] * grad_y[f];
@@ -296,9 +294,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant
   for (int c = 0; c < kCorners; ++c) {
     float values[F];
     if (p.toward) {
-      float weight = 0.f;
-      TEXT3D_UNROLL
-      for (int d = 0; d < D; ++d) weight += cell.first(c, d) * toward[d];
+      const float weight = cell.along(c, toward);
       TEXT3D_UNROLL
       for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
     } else {

@@ -171,6 +171,13 @@ struct HashGridCell {
     return product;
   }
 
+  TEXT3D_HD Real along(int corner, const Real* direction) const {  // d value / dx . direction
+    Real sum = first(corner, 0) * direction[0];
+    TEXT3D_UNROLL
+    for (int d = 1; d < D; ++d) sum = sum + first(corner, d) * direction[d];
+    return sum;
+  }
+
   TEXT3D_HD Real second(int corner, int a, int b) const {  // d2 value / dx_a dx_b
     Real product;
     if (a == b) {

@@ -50,7 +50,8 @@ def hash_grid_grad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`hash_grid` together with its derivative by x, both differentiable (once) by x and params.
 
-    For gradients inside a loss, such as normals of a density, under torch.compile, which refuses create_graph=True.
+    For gradients inside a loss under torch.compile, which refuses create_graph=True. Where only their product with a
+    known cotangent is needed, as for normals of a density, `hash_grid_vjp` takes a third of the time.
     Arguments and errors as `hash_grid`. Returns y [N, levels * features] and dy/dx [N, levels * features, dim].
     """
     backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
@@ -70,7 +71,7 @@ def hash_grid_vjp(
     """cotangent times the derivative of `hash_grid` by x, differentiable (once) by x, params and cotangent.
 
     Where a function of the encoding is differentiated by x, as for normals of a density, this is what is needed of
-    `hash_grid_grad`'s derivative, which is never formed: a third of the time, also under torch.compile.
+    `hash_grid_grad`'s derivative, which is never formed. Also under torch.compile.
 
     cotangent: float32 [N, levels * features]. Other arguments and errors as `hash_grid`. Returns float32 [N, dim].
     """
@@ -171,14 +172,17 @@ def _grad_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, 
     return _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params)
 
 
+def _sums_in_fixed_point(params: torch.Tensor, grad_y: torch.Tensor) -> bool:
+    """Under torch.use_deterministic_algorithms CUDA sums in 64-bit integers."""
+    cuda = params.device.type == "cuda" or native.emulated()
+    return cuda and torch.are_deterministic_algorithms_enabled() and grad_y.numel() > 0
+
+
 def _fixed_point(params: torch.Tensor, bound: float | torch.Tensor, *grads: torch.Tensor) -> tuple:
-    """fixed and fixed_scale of the Params: under torch.use_deterministic_algorithms CUDA sums in 64-bit integers.
+    """fixed and fixed_scale of the Params, where sums are in fixed point.
 
     bound: of the weights that grads are multiplied with. N sums of at most max|grad| bound fit in 2^62.
     """
-    cuda = params.device.type == "cuda" or native.emulated()
-    if not (cuda and torch.are_deterministic_algorithms_enabled()) or not grads[0].numel():
-        return None, None
     largest = torch.stack([grad.abs().amax() for grad in grads]).amax().double() * bound * grads[0].shape[0]
     scale = torch.exp2(torch.floor(60 - torch.log2(largest.clamp(min=1e-30)))).clamp(max=2.0**100)
     return torch.zeros(params.shape, dtype=torch.int64, device=params.device), scale.float()
@@ -194,7 +198,7 @@ def _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, n
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if grad_jacobian is not None:
         grad_jacobian = grad_jacobian.contiguous()
-    if need_params:
+    if need_params and _sums_in_fixed_point(params, grad_y):
         if grad_jacobian is None:
             fixed = _fixed_point(params, 1.0, grad_y)
         else:
@@ -220,7 +224,7 @@ def _second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels
     grad_grad_y, grad_x, grad_params = outputs
     cotangents = [None if c is None else c.contiguous() for c in (cotangent_x, cotangent_params)]
     spec, fixed = HashGridSpec.parse(key), (None, None)
-    if need_params and cotangent_x.numel():
+    if need_params and _sums_in_fixed_point(params, grad_y):
         fixed = _fixed_point(params, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec), grad_y)
     tensors = (x.contiguous(), _table(params, dtype), grad_y.contiguous(), *cotangents, grad_grad_y,
                grad_x if need_x else None, grad_params if need_params else None)

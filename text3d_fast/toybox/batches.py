@@ -28,8 +28,8 @@ class TrainSettings:
     drop_background: float = 0.15
     largest_weight: float = 8.0
     noise_exponent: float = 0.25  # noise levels are drawn as u^exponent: below 1, noisier ones more often
-    front: float = 0.7  # share of front views among images whose camera is dropped; the others follow the data
-    overhead: float = 0.12  # share of further views from above, which are few in the data, where the camera is given
+    front: float = 0.7  # share of front views where the camera is dropped
+    overhead: float = 0.12  # where it is given, share drawn from the views from above alone; the others follow the data
     seed: int = 0
 
 

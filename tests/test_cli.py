@@ -121,6 +121,15 @@ def test_doctor_shows_every_op(capsys, monkeypatch):
     assert cli.main(["doctor", "--model", "no/such/folder/anywhere"]) == cli.USER_ERROR
 
 
+def test_bench_runs_what_is_named(monkeypatch, capfd):
+    monkeypatch.setenv("TEXT3D_BENCH_POINTS", "256")
+    monkeypatch.setenv("TEXT3D_BENCH_ROUNDS", "1")
+    assert cli.main(["bench", "--only", "L8F4T19-rays-forward-ours-fp16"]) == 0
+    assert "1 passed" in capfd.readouterr().out
+    assert cli.main(["bench", "--only", "nonesuch"]) == cli.USER_ERROR
+    assert "nonesuch" in capfd.readouterr().err
+
+
 def test_benchmark_table(tmp_path):
     stats = {"min": 1.0, "median": 2.0, "mean": 2.5, "stddev": 0.1, "rounds": 3}
     (tmp_path / "b.json").write_text(json.dumps({"benchmarks": [{"name": "n", "group": "g", "stats": stats}]}))

@@ -268,6 +268,8 @@ def bench(options: Bench) -> int:
         data = options.csv.with_suffix(".json")
         command.append(f"--benchmark-json={data}")
     status = subprocess.call(command, cwd=folder.parent)
+    if status == 5:  # pytest's word for "no tests"
+        return fail(f"--only {options.only}: no benchmark's name contains it; they are those of benchmarks/bench_*.py")
     if options.csv and data.is_file():
         write_benchmark_csv(data, options.csv)
     return status

@@ -3,9 +3,11 @@
 // their own pixels only, and what they have for vertices is added up chunk after chunk: no atomics, one order of summation.
 #include "common/lanes.h"
 #include "antialias/antialias.h"
-#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace text3d {
@@ -119,12 +121,12 @@ void for_chunks(const Params& p, const Body& body) {
 // Gradients to vertices from one chunk, in the order of its pairs.
 struct VertexGradients {
   struct Item { int64_t vertex; float x, y, w; };
-  Item* items = nullptr;
+  Array<Item> items;
   int64_t count = 0, capacity = 0;
   void add(int64_t vertex, float x, float y, float w) {
     if (count == capacity) {
       capacity = capacity ? 2 * capacity : 256;
-      items = static_cast<Item*>(std::realloc(items, size_t(capacity) * sizeof(Item)));
+      items.resize(size_t(capacity));
     }
     items[count++] = {vertex, x, y, w};
   }
@@ -147,7 +149,7 @@ void antialias_forward(const AntialiasParams& p) {
 void antialias_backward(const AntialiasBackwardParams& p) {
   if (p.batch * p.height * p.width == 0) return;
   const int64_t chunks = (p.batch * p.height + kRows - 1) / kRows;
-  VertexGradients* gradients = new VertexGradients[size_t(chunks)];
+  std::unique_ptr<VertexGradients[]> gradients(new VertexGradients[size_t(chunks)]);
   for_chunks(p, [&](int64_t chunk, int64_t begin, int64_t end, const auto& pairs) {
     const auto inside = [&](int64_t i) { return i >= begin && i < end; };
     if (p.grad_color)
@@ -172,9 +174,7 @@ void antialias_backward(const AntialiasBackwardParams& p) {
       float* to = p.grad_pos + item.vertex * 4;
       to[0] += item.x, to[1] += item.y, to[3] += item.w;
     }
-    std::free(gradients[chunk].items);
   }
-  delete[] gradients;
 }
 
 }  // namespace TEXT3D_ISA

@@ -2,8 +2,9 @@
 // not depend on the number of threads. Pixels in a row that see one triangle are summed first, then chunks of pixels sum
 // by vertex, then each thread adds, chunk after chunk, what belongs to the vertices that it owns.
 #pragma once
-#include <cstdlib>
-#include <new>
+#include <cstring>
+#include <memory>
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace text3d {
@@ -15,8 +16,8 @@ constexpr int64_t kCornerPixels = 8192;  // of a chunk
 struct ChunkSums {
   static constexpr int kOwners = 16;
   int32_t offsets[kOwners + 1] = {};
-  int32_t* vertices = nullptr;  // [count]
-  float* sums = nullptr;        // [count, channels]
+  Array<int32_t> vertices;  // [count]
+  Array<float> sums;        // [count, channels]
 };
 
 // Sums by vertex while a chunk is visited. A small table remembers where vertices are; one may have several places.
@@ -27,14 +28,10 @@ class CornerAdder {
   CornerAdder(const int32_t* tri, int32_t channels) : tri_(tri), channels_(channels) {
     for (int32_t& slot : slots_) slot = -1;
     grow(1024);
-    run_ = kChannels ? small_ : static_cast<float*>(std::malloc(size_t(channels) * 12 + 4));
-    if (!run_) throw std::bad_alloc();
+    if (!kChannels) large_.resize(size_t(channels) * 3);
+    run_ = kChannels ? small_ : static_cast<float*>(large_);
   }
   CornerAdder(const CornerAdder&) = delete;
-  ~CornerAdder() {
-    std::free(vertices_), std::free(sums_);
-    if (run_ != small_) std::free(run_);
-  }
 
   // Where to add for the three corners of this triangle, 3 * channels floats; valid until the next call.
   float* operator()(int32_t triangle) {
@@ -71,13 +68,10 @@ class CornerAdder {
     for (int32_t i = 0; i < count_; ++i) ++out.offsets[uint32_t(vertices_[i]) / uint32_t(owned) + 1];
     for (int o = 0; o < ChunkSums::kOwners; ++o) out.offsets[o + 1] += out.offsets[o];
     if (out.offsets[1] == count_) {  // a single owner: nothing to sort
-      out.vertices = vertices_, out.sums = sums_;
-      vertices_ = nullptr, sums_ = nullptr;
+      out.vertices.swap(vertices_), out.sums.swap(sums_);
       return;
     }
-    out.vertices = static_cast<int32_t*>(std::malloc(size_t(count_) * 4));
-    out.sums = static_cast<float*>(std::malloc(size_t(count_) * channels() * 4 + 4));
-    if (!out.vertices || !out.sums) throw std::bad_alloc();
+    out.vertices.resize(size_t(count_)), out.sums.resize(size_t(count_) * channels());
     int32_t next[ChunkSums::kOwners];
     std::memcpy(next, out.offsets, sizeof next);
     for (int32_t i = 0; i < count_; ++i) {
@@ -93,9 +87,7 @@ class CornerAdder {
 
   void grow(int32_t capacity) {
     capacity_ = capacity;
-    vertices_ = static_cast<int32_t*>(std::realloc(vertices_, size_t(capacity) * 4));
-    sums_ = static_cast<float*>(std::realloc(sums_, size_t(capacity) * channels() * 4 + 4));
-    if (!vertices_ || !sums_) throw std::bad_alloc();
+    vertices_.resize(size_t(capacity)), sums_.resize(size_t(capacity) * channels());
   }
 
   void end_run() {
@@ -105,8 +97,8 @@ class CornerAdder {
 
   const int32_t* tri_;
   int32_t channels_, triangle_ = -1, count_ = 0, capacity_ = 0;
-  int32_t* vertices_ = nullptr;
-  float* sums_ = nullptr;
+  Array<int32_t> vertices_;
+  Array<float> sums_, large_;
   float* run_;
   float small_[kChannels ? 3 * kChannels : 1];
   int32_t slots_[kSlots];
@@ -122,7 +114,7 @@ void add_to_corners(int64_t images, int64_t pixels, const int32_t* tri, int64_t 
   if (chunks == 0 || vertices == 0) return;
   const int64_t wanted = thread_count() < ChunkSums::kOwners ? thread_count() : ChunkSums::kOwners;
   const int64_t owned = (vertices + wanted - 1) / wanted;
-  ChunkSums* parts = new ChunkSums[size_t(chunks)];
+  std::unique_ptr<ChunkSums[]> parts(new ChunkSums[size_t(chunks)]);
   parallel_for(chunks, 1, [&](int64_t chunk, int64_t) {
     const int64_t begin = chunk % per_image * kCornerPixels, end = begin + kCornerPixels;
     CornerAdder<kChannels> adder(tri, channels);
@@ -141,8 +133,6 @@ void add_to_corners(int64_t images, int64_t pixels, const int32_t* tri, int64_t 
       }
     }
   });
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) std::free(parts[chunk].vertices), std::free(parts[chunk].sums);
-  delete[] parts;
 }
 
 // body(std::integral_constant<int, channels>) for 1 to 4 channels, with 0 for any other number: loops of known length.

@@ -3,6 +3,7 @@
 // on the way back, so nothing cancels.
 #include "composite/composite.h"
 #include <stdexcept>
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace text3d {
@@ -242,9 +243,8 @@ void composite_backward(const CompositeBackwardParams& p) {
       longest = length > longest ? length : longest;
     }
     longest += kLanes;
-    float* room = new float[2 * longest];
+    Array<float> room(size_t(2 * longest));
     for (int64_t ray = begin; ray < end; ++ray) run(p, ray, room);
-    delete[] room;
   });
   const int64_t used = p.ray_offsets[p.rays];
   fill_zero(p.grad_sigma, used, p.samples);

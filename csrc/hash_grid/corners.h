@@ -2,10 +2,10 @@
 // blocks of cells, asked for before they are read.
 #pragma once
 #include <atomic>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include "common/lanes.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace text3d {
@@ -38,15 +38,13 @@ constexpr int64_t kChunk = 8192;          // points of one task of a pass by poi
 constexpr int64_t kBatch = 65536;         // points that a pass by level keeps level by level at a time, at most
 constexpr int64_t kStaged = 8 << 20;      // and the bytes of their features, if that is at least a chunk
 
-using Buffer = std::unique_ptr<float[]>;
-
 // Points [begin, end) axis by axis, padded to whole lanes with copies of the last.
 template <int D>
 struct Points {
   int64_t count = 0, stride = 0;
-  Buffer memory;
+  Array<float> memory;
 
-  explicit Points(int64_t most) : stride((most + kLanes - 1) / kLanes * kLanes), memory(new float[stride * (D + 1)]) {}
+  explicit Points(int64_t most) : stride((most + kLanes - 1) / kLanes * kLanes), memory(size_t(stride * (D + 1))) {}
 
   // Returns a point that is not finite, or -1.
   int64_t load(const float* x, int64_t begin, int64_t end, bool clip) {
@@ -67,7 +65,7 @@ struct Points {
   }
 
   int64_t fill(const float* x, int64_t first, int64_t last, bool clip) {
-    float* keep = memory.get() + D * stride;
+    float* keep = memory + D * stride;
     int64_t bad = -1;
     const int64_t end = last < count ? last : (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = first; i < end; ++i) {
@@ -85,8 +83,8 @@ struct Points {
   }
 
   void lanes(int64_t i, Floats* x, Floats& keep) const {
-    for (int d = 0; d < D; ++d) x[d] = load_lanes(memory.get() + d * stride + i);
-    keep = load_lanes(memory.get() + D * stride + i);
+    for (int d = 0; d < D; ++d) x[d] = load_lanes(memory + d * stride + i);
+    keep = load_lanes(memory + D * stride + i);
   }
 };
 

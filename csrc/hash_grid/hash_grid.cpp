@@ -68,7 +68,7 @@ void encode(const HashGridLayout& layout, const float* x, int64_t count, const v
   const int64_t batch = batch_points(count, active * F), row = int64_t(levels) * F;
   Points<D> points(batch), along(toward ? batch : 0);
   const int64_t stride = points.stride * F;
-  Buffer staged(new float[size_t(active * stride)]);  // [active, batch, F]
+  Array<float> staged(size_t(active * stride));  // [active, batch, F]
   for (int64_t begin = 0; begin < count; begin += batch) {
     const int64_t end = count - begin < batch ? count : begin + batch;
     const int64_t bad = points.load_together(x, begin, end, layout.clip != 0);
@@ -82,7 +82,7 @@ void encode(const HashGridLayout& layout, const float* x, int64_t count, const v
       float* slopes = jacobian ? jacobian + (begin * row + l * F) * D : nullptr;
       if (l < active) {
         const HashGridLevel level = hash_grid_level(layout, l);
-        float* y = staged.get() + l * stride;
+        float* y = staged + l * stride;
         if (toward) encode_level<D, F>(level, points, first, last, table, dtype, Slopes<D>{along}, y);
         else encode_level<D, F>(level, points, first, last, table, dtype, Values(), y);
         if (slopes) encode_slopes<D, F>(level, points, first, last, table, dtype, slopes, row * D);
@@ -92,7 +92,7 @@ void encode(const HashGridLayout& layout, const float* x, int64_t count, const v
     });
     parallel_for(points.count, 1024, [&](int64_t first, int64_t last) {
       float* y = out + (begin + first) * row;
-      transpose_entries<F>(staged.get() + first * F, stride, active, last - first, y, row);
+      transpose_entries<F>(staged + first * F, stride, active, last - first, y, row);
       if (active == levels) return;
       for (int64_t i = 0; i < last - first; ++i)
         std::memset(y + i * row + active * F, 0, size_t(levels - active) * F * sizeof(float));
@@ -110,12 +110,14 @@ struct Forward {
 // grad_x [N, D] is gathered axis by axis over the levels and written at the end.
 template <int D>
 struct GradX {
-  Buffer sums;
+  Array<float> sums;
   int64_t stride;
-  explicit GradX(int64_t stride) : sums(new float[stride * D]()), stride(stride) {}
+  explicit GradX(int64_t stride) : sums(size_t(stride * D)), stride(stride) {
+    std::memset(sums, 0, size_t(stride * D) * sizeof(float));
+  }
   void add(int64_t i, const Floats* value) {
     for (int d = 0; d < D; ++d) {
-      float* sum = sums.get() + d * stride + i;
+      float* sum = sums + d * stride + i;
       store_lanes(sum, load_lanes(sum) + value[d]);
     }
   }
@@ -279,7 +281,7 @@ struct Scatter {
     const int slices = active ? (2 * thread_count() + active - 1) / active : 0;
     const int64_t batch = batch_points(points, active * F);
     Points<D> at(batch), along(toward ? batch : 0);
-    Buffer rows(new float[size_t(batch * active * F)]);  // [active, batch, F]
+    Array<float> rows(size_t(batch * active * F));  // [active, batch, F]
     for (int64_t begin = 0; begin < points || begin == 0; begin += batch) {
       const int64_t end = points - begin < batch ? points : begin + batch, count = end - begin;
       if (count > 0) {
@@ -288,7 +290,7 @@ struct Scatter {
         if (toward) along.load_together(toward, begin, end, false);
         parallel_for(count, 1024, [&](int64_t first, int64_t last) {
           const int64_t row = int64_t(levels) * F;
-          transpose_entries<F>(grad_y + (begin + first) * row, row, last - first, active, rows.get() + first * F,
+          transpose_entries<F>(grad_y + (begin + first) * row, row, last - first, active, rows + first * F,
                                batch * F);
         });
       }
@@ -300,7 +302,7 @@ struct Scatter {
         float* table = grad_params + int64_t(level.first) * F;
         if (begin == 0) std::memset(table + int64_t(low) * F, 0, size_t(span) * F * sizeof(float));
         if (l >= active || count <= 0) return;
-        const float* row = rows.get() + l * batch * F;
+        const float* row = rows + l * batch * F;
         if (toward) {
           scatter_level<D, F>(level, at, row, table, low, span, Slopes<D>{along});
         } else if (level.hashed) {
@@ -309,12 +311,12 @@ struct Scatter {
           scatter_values<D, F, false>(level, at, row, table, low, span);
         }
         if (!grad_jacobian) return;
-        Buffer column(new float[size_t(count * F)]);
+        Array<float> column(size_t(count * F));
         for (int d = 0; d < D; ++d) {
           for (int64_t i = 0; i < count; ++i)
             for (int f = 0; f < F; ++f)
               column[i * F + f] = grad_jacobian[(((begin + i) * levels + l) * F + f) * D + d];
-          scatter_level<D, F>(level, at, column.get(), table, low, span,
+          scatter_level<D, F>(level, at, column, table, low, span,
                               [d](const auto& cell, int64_t, int c) { return cell.first(c, d); });
         }
       });

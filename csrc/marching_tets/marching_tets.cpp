@@ -1,4 +1,5 @@
 #include "marching_tets/marching_tets.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace text3d {
@@ -159,8 +160,8 @@ void marching_tets_kuhn_emit(const MarchingTetsKuhnEmitParams& p) {
   const KuhnSigns grid{p.signs, {p.nx, p.ny, p.nz}};
   parallel_for(p.nx + 1, 4, [&](int64_t begin, int64_t end) {
     const int64_t length = p.nz + 1;
-    int32_t* first = new int32_t[4 * length];
-    uint8_t* flags = new uint8_t[4 * length];
+    Array<int32_t> first(size_t(4 * length));
+    Array<uint8_t> flags(size_t(4 * length));
     Row rows[4];
     for (int r = 0; r < 4; ++r) rows[r] = {first + r * length, flags + r * length};
     for (int x = int(begin); x < end; ++x) {
@@ -175,8 +176,6 @@ void marching_tets_kuhn_emit(const MarchingTetsKuhnEmitParams& p) {
         }
       }
     }
-    delete[] first;
-    delete[] flags;
   });
 }
 

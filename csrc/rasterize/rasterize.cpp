@@ -2,8 +2,10 @@
 // band is drawn by one thread into keys that fit its cache, without atomics, and resolved while they are still there.
 #include "common/lanes.h"
 #include "rasterize/rasterize.h"
-#include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "rasterize/draw.h"
 
@@ -16,8 +18,8 @@ constexpr int64_t kBandBytes = 192 << 10;   // of a band's keys
 
 // The triangles of one chunk, band after band.
 struct Bin {
-  int32_t* ids = nullptr;      // ids[offsets[band]] to ids[offsets[band + 1]]
-  int32_t* offsets = nullptr;  // [bands + 1]
+  Array<int32_t> ids;      // ids[offsets[band]] to ids[offsets[band + 1]]
+  Array<int32_t> offsets;  // [bands + 1]
 };
 
 struct Bands {
@@ -52,7 +54,8 @@ bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int6
     }
   }
   // Most triangles touch one band: what is left over is for a loop that seldom runs, otherwise GCC would unroll it.
-  bin.offsets = static_cast<int32_t*>(std::calloc(size_t(bands.count) + 1, sizeof(int32_t)));
+  bin.offsets.resize(size_t(bands.count) + 1);
+  std::memset(bin.offsets, 0, (size_t(bands.count) + 1) * sizeof(int32_t));
   for (int32_t i = 0; i < kept; ++i) {
     ++bin.offsets[low[i]];
     for (int32_t b = low[i] + 1; b <= high[i]; ++b) ++bin.offsets[b];
@@ -62,7 +65,7 @@ bool sort_into_bands(const Image& image, const Bands& bands, int64_t begin, int6
     const int32_t count = bin.offsets[b];
     bin.offsets[b] = total, total += count;
   }
-  bin.ids = static_cast<int32_t*>(std::malloc(size_t(total) * sizeof(int32_t) + 4));
+  bin.ids.resize(size_t(total));
   for (int32_t i = 0; i < kept; ++i) {
     bin.ids[bin.offsets[low[i]]++] = ids[i];
     for (int32_t b = low[i] + 1; b <= high[i]; ++b) bin.ids[bin.offsets[b]++] = ids[i];
@@ -177,7 +180,7 @@ void rasterize_forward(const RasterizeForwardParams& p) {
   if (!snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped))
     throw std::invalid_argument("pos: expected finite coordinates, got NaN or infinity");
   const int64_t most = p.ranges ? p.largest_count : p.triangles;
-  Bin* bins = new Bin[size_t((most + kChunk - 1) / kChunk)];
+  std::unique_ptr<Bin[]> bins(new Bin[size_t((most + kChunk - 1) / kChunk)]);
   bool fine = true;
   for (int64_t b = 0; b < p.batch && fine; ++b) {
     const int64_t first = p.ranges ? p.ranges[2 * b] : 0, count = p.ranges ? p.ranges[2 * b + 1] : p.triangles;
@@ -189,14 +192,11 @@ void rasterize_forward(const RasterizeForwardParams& p) {
     });
     if (fine) parallel_for(bands.count, 1, [&](int64_t band, int64_t) {
       const size_t cells = (size_t(view.width) + kSpan) << bands.shift;
-      int64_t* scratch = static_cast<int64_t*>(std::malloc(cells * (p.previous ? 16 : 8)));
-      draw_band(image, bands, bins, chunks, int32_t(band), scratch, p.previous ? p.previous + b * pixels : nullptr,
+      Array<int64_t> scratch(cells * (p.previous ? 2 : 1));
+      draw_band(image, bands, bins.get(), chunks, int32_t(band), scratch, p.previous ? p.previous + b * pixels : nullptr,
                 p.keys ? p.keys + b * pixels : nullptr, p.rast + 4 * b * pixels, p.rast_db + 4 * b * pixels);
-      std::free(scratch);
     });
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) std::free(bins[chunk].ids), std::free(bins[chunk].offsets);
   }
-  delete[] bins;
   if (!fine)
     throw std::invalid_argument("tri: expected indices from 0 to " + std::to_string(p.vertices - 1) +
                                 ", got some out of this range");

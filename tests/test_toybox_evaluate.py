@@ -1,3 +1,4 @@
+import csv
 import json
 from types import SimpleNamespace
 
@@ -59,6 +60,10 @@ def test_the_suite_scores_resumes_and_summarizes(small, tmp_path):
     assert summary[NOTHING.name]["normal_error"] is None
     assert {"best ball", "visual hull"} <= set(summary)
     assert json.loads((tmp_path / "evaluation.json").read_text())["summary"] == json.loads(json.dumps(summary))
+    with (tmp_path / "evaluation.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows[HALF.name]["f5"]) == pytest.approx(summary[HALF.name]["f5"], abs=1e-4)
+    assert rows[EXACT.name]["janus"] == "False" and rows[NOTHING.name]["normal_error"] == ""
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert evaluate.table(summary).row_count == 6
 

@@ -6,11 +6,13 @@ Beside them the baselines, and as headline how much of the way from the best wro
 (ours - wrong class) / (analytic - wrong class).
 
 Folder: runs/METHOD/PROMPT-SEED-STEPS/ (what `generate` writes, and score.json), baselines/PROMPT.json,
-evaluation.json, sheet.png. What has a score is not run again; an interrupted run goes on from its checkpoint.
+evaluation.json, evaluation.csv (a row a run), sheet.png. What has a score is not run again; an interrupted run goes on
+from its checkpoint.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -148,6 +150,7 @@ def run(
         "runs": records,
     }
     _write_json(folder / "evaluation.json", result)
+    _write_csv(folder / "evaluation.csv", records)
     suite.write_sheet(folder / "sheet.png", methods, prompts, seeds[0])
     return result
 
@@ -359,6 +362,19 @@ def _write_json(path: Path, content: dict) -> None:
     part.replace(path)
 
 
+def _write_csv(path: Path, records: Sequence[dict]) -> None:
+    scores = ("f5", "f2", "silhouette_iou", "volume_iou", "normal_error", "color_error", "euler", "true_euler")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "prompt", "seed", "steps", *scores, "retrieval_rank", "janus", "seconds"])
+        for record in records:
+            values = [record["score"][name] for name in scores]
+            values = [round(value, 4) if isinstance(value, float) else value for value in values]
+            janus = record["facing"]["janus"] if record["facing"]["directional"] else None
+            own = (record[name] for name in ("method", "prompt", "seed", "steps"))
+            writer.writerow([*own, *values, record["retrieval_rank"], janus, record["seconds"]])
+
+
 def main(options: Any) -> int:
     """The command: options are those of cli.Evaluate. Returns the exit status."""
     from rich.console import Console
@@ -378,5 +394,5 @@ def main(options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     Console().print(table(result["summary"]))
-    print(f"{options.out}/evaluation.json, {options.out}/sheet.png")
+    print(f"{options.out}/evaluation.json, {options.out}/evaluation.csv, {options.out}/sheet.png")
     return 0

@@ -29,8 +29,7 @@ class TrainSettings:
     largest_weight: float = 8.0
     noise_exponent: float = 0.25  # noise levels are drawn as u^exponent: below 1, noisier ones more often
     front: float = 0.7  # share of front views where the camera is dropped
-    overhead: float = 0.12  # where it is given, share drawn from the views from above alone,
-    subtle: float = 0.15  # and from the classes whose sides are hard to tell; the others follow the data
+    overhead: float = 0.12  # where it is given, share drawn from the views from above alone; the others follow the data
     seed: int = 0
 
 
@@ -54,10 +53,8 @@ def training_choice(
     for k in range(count):
         if no_camera[k] < settings.drop_camera:
             some = data.front if luck[k] < settings.front else data.not_front
-        elif luck[k] < settings.overhead:
-            some = data.overhead
         else:
-            some = data.subtle if luck[k] < settings.overhead + settings.subtle else ()
+            some = data.overhead if luck[k] < settings.overhead else ()
         if len(some):
             rows[k] = some[int(places[k] * len(some))]
     camera = torch.from_numpy(data.camera[rows])

@@ -155,14 +155,11 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
                     bar.advance(task, done)
 
 
-SUBTLE = ("snowman", "house", "teapot", "clock")  # whose sides differ in a few pixels: nose, door, spout, hands
-
-
 class RenderedImages:
     """A rendered dataset: `images(rows)` uint8 [n, H, W, 4], `records[row]`, and the truths as arrays.
 
-    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance; `front`, `not_front` and
-    `overhead` are the rows seen from the front, from elsewhere, and from above, `subtle` those of SUBTLE classes.
+    Shards are memory-mapped; `camera` float32 [N, 3] holds elevation, azimuth, distance; `front`, `not_front`
+    and `overhead` are the rows seen from the front, from elsewhere, and from above.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -178,7 +175,6 @@ class RenderedImages:
         words = np.array([view_word(float(c[0]), float(c[1])) for c in self.camera])
         self.front, self.not_front = (words == "front").nonzero()[0], (words != "front").nonzero()[0]
         self.overhead = (words == "overhead").nonzero()[0]
-        self.subtle = np.array([text.thing.kind in SUBTLE for text in self.descriptions]).nonzero()[0]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..export import atomic_path
 from .captions import caption
 from .objects import CLASSES, COLORS
 from .render import random_light, shade, trace
@@ -114,10 +115,8 @@ def _cached(name: str, scenes, style: str, cameras: torch.Tensor, size: int, pro
     images = _render(name, scenes(), style, cameras, size, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.save(file, images)
-        os.replace(part, path)
+        with atomic_path(path) as part:
+            np.save(part, images)
     except OSError:
         pass  # an unwritable cache only costs the time to render again
     return Bank(images, cameras)

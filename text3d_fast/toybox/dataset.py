@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..export import atomic_path, write_bytes
 from .captions import caption, view_word
 from .render import random_light, shade, trace
 from .scenes import Description, build_scene, random_description, sample_parameters
@@ -96,13 +96,6 @@ def render_images(
     return np.stack(images), records
 
 
-def _write(path: Path, write: object) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
-
-
 @torch.no_grad()
 def _render_shard(job: tuple[str, int, int, dict]) -> int:
     folder, shard, count, settings = job
@@ -111,8 +104,9 @@ def _render_shard(job: tuple[str, int, int, dict]) -> int:
     images, records = render_images(count, generator, **options)
     stem = Path(folder) / f"shard-{shard:05d}"
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    _write(stem.with_suffix(".jsonl"), lambda file: file.write(lines.encode()))
-    _write(stem.with_suffix(".npy"), lambda file: np.save(file, images))  # last: its presence means the shard is done
+    write_bytes(stem.with_suffix(".jsonl"), lines.encode())
+    with atomic_path(stem.with_suffix(".npy")) as part:  # last: its presence means the shard is done
+        np.save(part, images)
     return count
 
 
@@ -131,7 +125,7 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
     manifest = folder / "dataset.json"
     if manifest.exists() and (found := json.loads(manifest.read_text())) != settings:
         raise ValueError(f"out: {folder} was rendered with {found}, not {settings}; choose another folder")
-    _write(manifest, lambda file: file.write(json.dumps(settings).encode()))
+    write_bytes(manifest, json.dumps(settings).encode())
     jobs = []
     for shard in range(math.ceil(count / SHARD)):
         size = min(SHARD, count - shard * SHARD)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from ..export import atomic_path, write_bytes
 from . import metrics
 from .bank import one_thread
 from .captions import parse
@@ -361,14 +362,12 @@ def _write_json(path: Path, content: dict) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_bytes(path, (json.dumps(plain(content), indent=1) + "\n").encode())
 
 
 def _write_csv(path: Path, records: Sequence[dict]) -> None:
     scores = ("f5", "f2", "silhouette_iou", "volume_iou", "normal_error", "color_error", "euler", "true_euler")
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "prompt", "seed", "steps", *scores, "retrieval_rank", "janus", "seconds"])
         for record in records:

@@ -12,7 +12,6 @@ Any code that loads Stable-Diffusion-class folders loads this one; `ToyboxModel`
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..export import write_bytes
 from ..guidance.mean_image import MeanImage
 from ..guidance.model_folder import MEAN_IMAGE
 from ..guidance.model_settings import ModelSettings, condition_size, condition_vector
@@ -180,9 +180,7 @@ class ToyboxModel:
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
         }
-        part = index.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, index)
+        write_bytes(index, (json.dumps(content, indent=2) + "\n").encode())
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..export import atomic_path
 from ..guidance.prior import Conditions
 from .batches import TrainSettings, training_batch
 from .dataset import RenderedImages
@@ -131,8 +131,6 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Writes `checkpoint.pt`; the previous one stays until the new one is complete."""
-        path = Path(folder) / CHECKPOINT
-        part = path.with_suffix(".part")
         content = {
             "format": 3,
             "settings": asdict(self.settings),
@@ -145,8 +143,8 @@ class Trainer:
             "mean_image": self.model.mean_image.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        torch.save(content, part)
-        os.replace(part, path)
+        with atomic_path(Path(folder) / CHECKPOINT) as part:
+            torch.save(content, part)
 
     @classmethod
     def resume(cls, folder: str | Path, device: str = "cpu", autocast: bool = True) -> Trainer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from ..export import atomic_path, write_bytes
 from .captions import caption, view_word
+from .objects import CLASSES
 from .render import random_light, shade, trace
 from .scenes import Description, build_scene, random_description, sample_parameters
 
@@ -63,11 +65,12 @@ def render_images(
     textureless: float = 0.08,
     normal: float = 0.08,
     two_objects: float = 0.15,
+    kinds: Sequence[str] = tuple(CLASSES),
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draws `count` random training images: uint8 [count, size, size, 4] and their truths."""
+    """Draws `count` random training images of these classes: uint8 [count, size, size, 4] and their truths."""
     images, records = [], []
     while len(records) < count:
-        description = random_description(generator, two_objects)
+        description = random_description(generator, two_objects, kinds=kinds)
         parameters = sample_parameters(description, generator)
         views = min(VIEWS_PER_SCENE, count - len(records))
         elevation, azimuth, distance = sample_cameras(views, generator, front)
@@ -100,7 +103,7 @@ def render_images(
 def _render_shard(job: tuple[str, int, int, dict]) -> int:
     folder, shard, count, settings = job
     generator = torch.Generator().manual_seed(settings["seed"] * 1_000_003 + shard)
-    options = {key: settings[key] for key in ("size", "front", "textureless", "normal", "two_objects")}
+    options = {key: value for key, value in settings.items() if key not in ("format", "seed")}
     images, records = render_images(count, generator, **options)
     stem = Path(folder) / f"shard-{shard:05d}"
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -113,7 +116,8 @@ def _render_shard(job: tuple[str, int, int, dict]) -> int:
 def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: object) -> None:
     """Renders a dataset of `count` images into the folder `out`, shard by shard; shards already there are kept.
 
-    settings: seed, size, front (share of front views), textureless, normal (shares of those styles), two_objects.
+    settings: seed, size, front (share of front views), textureless, normal (shares of those styles), two_objects,
+    kinds (the classes to draw from).
     A folder made with other settings is refused; `count` may grow from one call to the next in whole shards.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -189,5 +193,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--front", type=float, default=0.7, help="share of front views")
     parser.add_argument("--two-objects", type=float, default=0.15, help="share of two-object scenes")
-    given = vars(parser.parse_args())
+    parser.add_argument("--kinds", nargs="+", choices=CLASSES, help="classes to draw from (default: all)")
+    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     render_dataset(given.pop("out"), given.pop("count"), given.pop("workers"), **given)

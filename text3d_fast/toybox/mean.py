@@ -36,7 +36,8 @@ def train_mean_image(
 ) -> None:
     """Trains the mean image and the text encoder for `steps` steps of cosine decay; both end with averaged weights."""
     settings = replace(settings, batch=batch)
-    parameters = [p for part in (model.mean_image, model.text_encoder) for p in part.parameters()]
+    named = [*model.mean_image.named_parameters(), *model.text_encoder.named_parameters()]
+    parameters = [p for name, p in named if not name.startswith("details.")]  # those are solved for, by fit_details
     tables = {p for m in model.text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     both = optimizers(parameters, tables, learning_rate, settings.weight_decay)
     average = [p.detach().clone() for p in parameters]

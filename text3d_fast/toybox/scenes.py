@@ -6,6 +6,7 @@ A `Description` is the meaning of a caption; `sample_parameters` draws the conti
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -216,9 +217,13 @@ def _middle(points: np.ndarray) -> np.ndarray:
 
 
 def random_description(
-    generator: torch.Generator | None = None, two_objects: float = 0.15, styles: tuple[float, float] = (0.08, 0.08)
+    generator: torch.Generator | None = None, two_objects: float = 0.15, styles: tuple[float, float] = (0.08, 0.08),
+    kinds: Collection[str] = tuple(CLASSES),
 ) -> Description:
-    """A random training description: only training pairs; shares of two-object scenes, textureless and normal maps."""
+    """A random training description: only training pairs; shares of two-object scenes, textureless and normal maps.
+
+    kinds: the classes to draw from (what stands below another object may be of any).
+    """
 
     def chance(share: float) -> bool:
         return float(torch.rand((), generator=generator)) < share
@@ -232,7 +237,7 @@ def random_description(
         size = pick(SIZES) if chance(0.2) else None
         return Thing(kind, color, pattern, size)
 
-    upper, base = thing(TRAINING_PAIRS), None
+    upper, base = thing(tuple(pair for pair in TRAINING_PAIRS if pair[0] in kinds)), None
     if chance(two_objects):
         kind, color = pick(tuple(pair for pair in TRAINING_PAIRS if CLASSES[pair[0]].base))
         base = Thing(kind, color)

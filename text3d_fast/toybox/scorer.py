@@ -225,6 +225,7 @@ def main() -> None:
     judging.add_argument("--guidance-weight", type=float, default=2.0)
     judging.add_argument("--steps", type=int, default=25, help="steps of the sampler")
     judging.add_argument("--words-only", action="store_true", help="do not give the camera")
+    judging.add_argument("--seed", type=int, default=0, help="of the cases and the noise")
     judging.add_argument("--sheet", help="write the samples to this PNG")
     given = parser.parse_args()
     started = time.monotonic()
@@ -238,9 +239,10 @@ def main() -> None:
         scorer = Scorer.load(given.scorer)
         model = ToyboxModel.load(given.model) if given.model else ToyboxModel.load()
         shares, images = gate(
-            scorer, model, given.samples, given.guidance_weight, given.steps, not given.words_only
+            scorer, model, given.samples, given.guidance_weight, given.steps, not given.words_only, given.seed
         )
-        row = {"samples": given.samples, "guidance_weight": given.guidance_weight, "camera": not given.words_only}
+        row = {"samples": given.samples, "guidance_weight": given.guidance_weight, "camera": not given.words_only,
+               "seed": given.seed}
         row["shares"] = shares
         if given.sheet:
             save_sheet(images, given.sheet, columns=20, scale=1)

@@ -24,6 +24,7 @@ from ..export import atomic_path
 from ..guidance.prior import Conditions
 from .batches import TrainSettings, training_batch
 from .dataset import RenderedImages
+from .details import fit_details
 from .mean import train_mean_image
 from .model import ToyboxModel, to_latent
 from .muon import optimizers
@@ -132,7 +133,7 @@ class Trainer:
     def save(self, folder: str | Path) -> None:
         """Writes `checkpoint.pt`; the previous one stays until the new one is complete."""
         content = {
-            "format": 3,
+            "format": 4,
             "settings": asdict(self.settings),
             "channels": list(self.model.unet.config.block_out_channels),
             "steps_done": self.steps_done,
@@ -157,8 +158,8 @@ class Trainer:
             raise FileNotFoundError(f"folder: {folder} holds no {CHECKPOINT}; start without --resume")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format"] != 3:
-                raise ValueError(f"format {content['format']}, expected 3")
+            if content["format"] != 4:
+                raise ValueError(f"format {content['format']}, expected 4")
             settings = TrainSettings(**content["settings"])
             model = ToyboxModel.build(settings.seed, tuple(content["channels"]))
             model.text_encoder.load_state_dict(content["text_encoder"])
@@ -214,6 +215,7 @@ def train(
         model.to(device)
         if start is None:
             train_mean_image(model, RenderedImages(data), mean_steps, settings, report=report)
+            fit_details(model, [RenderedImages(data)])
         trainer = Trainer(settings, model, device)
     images = RenderedImages(data)
     limit = math.inf if minutes is None else 60 * minutes

@@ -1,0 +1,156 @@
+"""Solves for the details of the mean image: `python -m text3d_fast.toybox.details --data DIR --model DIR --out DIR`.
+
+What the mean image lacks of the renders of a class is regressed on harmonics of the camera (ridge, stronger for higher
+ones); kept are the singular pictures that differ most between opposite sides. A minute for 40,000 renders;
+`guidance.mean_image.Details` says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pixel_shuffle
+
+from ..guidance.mean_image import NEAR_RISE, NEAR_TURN, RISE, TURN, harmonics
+from ..guidance.prior import Conditions
+from .captions import caption, training_caption, view_word
+from .dataset import RenderedImages
+from .model import DETAILED, UNSHUFFLE, ToyboxModel
+from .objects import CLASSES
+from .scenes import Description, random_description
+
+RIDGE = 3e-3  # of 3e-4 .. 1e-2 the best on held-out renders for three of the four classes
+
+
+def detailed(description: Description) -> bool:
+    """Whether an image of this meaning has details: one object of such a class, shaded, of its usual size."""
+    thing = description.thing
+    return (
+        thing.kind in DETAILED and description.base is None and description.style == "shaded" and thing.size is None
+    )
+
+
+def _lacking(model: ToyboxModel, data: RenderedImages, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What the mean image lacks of these renders, [N, 4 * 64 * 64], and the harmonics of their cameras."""
+    camera = torch.from_numpy(data.camera[rows])
+    texts = [
+        caption(Description(data.descriptions[row].thing, None, view_word(float(c[0]), float(c[1]))))
+        for row, c in zip(rows, camera, strict=True)
+    ]
+    vector = model.condition_vector(Conditions(texts, camera, torch.full((len(rows), 3), 0.5)))
+    own, clear = model.mean_image(model.embed(model.token_ids(texts)), vector)
+    rgba = (torch.from_numpy(data.images(rows)).float().permute(0, 3, 1, 2) / 255).to(vector)
+    color, alpha = rgba.split([3, 1], 1)
+    true = torch.cat([2 * color - alpha, 1 - alpha], 1)
+    return (true - pixel_shuffle(torch.cat([own, clear], 1), UNSHUFFLE)).flatten(1), harmonics(vector)
+
+
+def _penalty() -> Tensor:
+    """[HARMONICS] 1 + (frequency in azimuth)^2 + (in elevation)^2: pictures change slowly with the camera."""
+    turn, rise = (torch.tensor([0.0, *(k for k in range(1, n + 1) for _ in range(2))]) for n in (TURN, RISE))
+    both = 1 + turn[:, None] ** 2 + (2 * rise) ** 2
+    return torch.cat([both.flatten(), both[: 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE].flatten()])
+
+
+def _odd() -> Tensor:
+    """[HARMONICS] True where half a turn changes the sign."""
+    turn = torch.tensor([0, *(k for k in range(1, TURN + 1) for _ in range(2))]) % 2 == 1
+    rise = torch.ones(1 + 2 * RISE, dtype=torch.bool)
+    both = turn[:, None] & rise
+    return torch.cat([both.flatten(), both[: 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE].flatten()])
+
+
+def _regress(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Amplitudes [HARMONICS, count] and pictures [count, P] of the regression over parts of (targets, harmonics)."""
+    gram, moment, seen = 0.0, 0.0, 0
+    for lacking, waves in parts:
+        lacking, waves = lacking.double().cpu(), waves.double().cpu()
+        gram, moment, seen = gram + waves.T @ waves, moment + waves.T @ lacking, seen + len(waves)
+    gram, moment = gram / seen, moment / seen
+    answer = torch.linalg.solve(gram + RIDGE * torch.diag(_penalty()), moment)
+    # the pictures that differ most between opposite sides, weighed by how the cameras are spread
+    odd = _odd()
+    root = torch.linalg.cholesky(gram[odd][:, odd] + 1e-6 * torch.eye(int(odd.sum())))
+    pictures = torch.linalg.svd(root.T @ answer[odd], full_matrices=False).Vh[:count]
+    amplitude = answer @ pictures.T
+    height = pictures.abs().amax(1)  # half precision likes values near 1
+    return amplitude * height, pictures / height[:, None]
+
+
+def _fit_choice(model: ToyboxModel, count: int = 4096) -> None:
+    """Teaches the details to tell from the text which class's they are, if any: a logistic regression."""
+    generator, none = torch.Generator().manual_seed(0), len(DETAILED)
+    texts, labels = [""] * (count // 10), [none] * (count // 10)
+    for k in range(count):
+        meaning = random_description(generator, kinds=tuple(DETAILED if k % 2 else CLASSES))
+        angles = torch.rand(2, generator=generator) * torch.tensor([1.2, 6.2])
+        texts.append(training_caption(meaning, *angles.tolist(), generator))
+        labels.append(list(DETAILED).index(meaning.thing.kind) if detailed(meaning) else none)
+    with torch.no_grad():
+        states = model.embed(model.token_ids(texts)).mean(1)
+    truth, choice = torch.tensor(labels, device=states.device), model.mean_image.details.choice
+    optimizer = torch.optim.LBFGS(choice.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(choice(states), truth) + 1e-6 * choice.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+
+
+@torch.no_grad()
+def fit_details(model: ToyboxModel, data: Sequence[RenderedImages], chunk: int = 256) -> None:
+    """Solves for the details of the model's mean image, which must be trained already; replaces those it has.
+
+    A class without renders of one shaded object of the usual size gets none. Raises ValueError if the model has no
+    place for details.
+    """
+    details = model.mean_image.details
+    if details is None:
+        raise ValueError("model: its mean image has no place for details (`pictures` in mean_image/config.json)")
+    details.amplitude.zero_()
+    details.pictures.zero_()
+    solved = {}
+    for kind, count in DETAILED.items():
+        rows = [
+            np.array([k for k, d in enumerate(part.descriptions) if d.thing.kind == kind and detailed(d)], dtype=int)
+            for part in data
+        ]
+        if any(map(len, rows)):
+            chunks = (
+                _lacking(model, part, some[k : k + chunk])
+                for part, some in zip(data, rows, strict=True) for k in range(0, len(some), chunk)
+            )
+            solved[kind] = _regress(chunks, count)
+    start = 0
+    for group, (kind, count) in enumerate(DETAILED.items()):
+        if kind in solved:
+            amplitude, pictures = solved[kind]
+            details.amplitude[group, :, start : start + count] = amplitude.to(details.amplitude)
+            pictures = pictures.view(count, *details.pictures.shape[1:])
+            details.pictures[start : start + count] = pictures.to(details.pictures)
+        start += count
+    _fit_choice(model)
+
+
+def main() -> None:
+    """The command line of `python -m text3d_fast.toybox.details`."""
+    parser = argparse.ArgumentParser(description="Solve for the details of the mean image of a Toybox model.")
+    parser.add_argument("--data", required=True, nargs="+", help="folders from python -m text3d_fast.toybox.render")
+    parser.add_argument("--model", help="model folder (default: the shipped one)")
+    parser.add_argument("--out", required=True, help="folder to write the model to")
+    given = parser.parse_args()
+    model = ToyboxModel.load(given.model) if given.model else ToyboxModel.load()
+    fit_details(model, [RenderedImages(folder) for folder in given.data])
+    model.save(given.out)
+
+
+if __name__ == "__main__":
+    main()

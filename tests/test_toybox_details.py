@@ -12,7 +12,7 @@ from text3d_fast.toybox.captions import view_word
 from text3d_fast.toybox.dataset import RenderedImages, render_dataset
 from text3d_fast.toybox.details import _regress, detailed, fit_details
 from text3d_fast.toybox.model import DETAILED, ToyboxModel
-from text3d_fast.toybox.scenes import Description, Thing
+from text3d_fast.toybox.scenes import Description, Thing, random_description
 
 SMALL = (32, 32, 32)
 
@@ -107,6 +107,15 @@ def test_text_chooses_the_details(fitted):
     for text in ("", "a red mug, back view", "a small red teapot", "a red teapot on a blue cube, front view",
                  "a red teapot, left side view, normal map", "a white house"):
         assert share(text) < 0.1, text
+
+
+def test_datasets_of_chosen_classes(tmp_path):
+    """The same call goes on where it stopped; a class that does not exist is named."""
+    for _ in range(2):
+        render_dataset(tmp_path, 2, kinds=("ball", "cube"))
+    assert {d.thing.kind for d in RenderedImages(tmp_path).descriptions} <= {"ball", "cube"}
+    with pytest.raises(ValueError, match="kinds: expected some of ball, .*, got zebra"):
+        random_description(kinds=("zebra",))
 
 
 def test_which_images_have_details():

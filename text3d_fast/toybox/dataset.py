@@ -125,7 +125,7 @@ def render_dataset(out: str | Path, count: int, workers: int = 1, **settings: ob
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"seed": 0, "size": 64, "front": 0.7, "textureless": 0.08, "normal": 0.08, "two_objects": 0.15}
-    settings = {"format": FORMAT, **defaults, **settings}
+    settings = json.loads(json.dumps({"format": FORMAT, **defaults, **settings}))  # as it will be read again
     manifest = folder / "dataset.json"
     if manifest.exists() and (found := json.loads(manifest.read_text())) != settings:
         raise ValueError(f"out: {folder} was rendered with {found}, not {settings}; choose another folder")

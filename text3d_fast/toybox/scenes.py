@@ -222,8 +222,10 @@ def random_description(
 ) -> Description:
     """A random training description: only training pairs; shares of two-object scenes, textureless and normal maps.
 
-    kinds: the classes to draw from (what stands below another object may be of any).
+    kinds: the classes to draw from (what stands below another object may be of any). Raises ValueError for others.
     """
+    if not kinds or not set(kinds) <= set(CLASSES):
+        raise ValueError(f"kinds: expected some of {', '.join(CLASSES)}, got {', '.join(kinds) or 'none'}")
 
     def chance(share: float) -> bool:
         return float(torch.rand((), generator=generator)) < share

@@ -22,6 +22,20 @@ NEAR_TURN, NEAR_RISE = 4, 1  # those that are also multiplied by the distance
 HARMONICS = (1 + 2 * TURN) * (1 + 2 * RISE) + (1 + 2 * NEAR_TURN) * (1 + 2 * NEAR_RISE)
 
 
+def _products(turn: Tensor, rise: Tensor, distance: Tensor) -> Tensor:
+    """[B, HARMONICS] of series in azimuth [B, 1 + 2 TURN] and elevation [B, 1 + 2 RISE], the near ones times [B]."""
+    both = turn[:, :, None] * rise[:, None]
+    near = both[:, : 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE] * distance[:, None, None]
+    return torch.cat([both.flatten(1), near.flatten(1)], 1)
+
+
+def frequencies() -> tuple[Tensor, Tensor]:
+    """[HARMONICS] each: how often the harmonics swing in a turn of the azimuth, and of the elevation."""
+    turn, rise = (torch.tensor([[0.0, *(k for k in range(1, n + 1) for _ in range(2))]]) for n in (TURN, RISE))
+    one = torch.ones(1)
+    return _products(turn, torch.ones_like(rise), one)[0], _products(torch.ones_like(turn), 2 * rise, one)[0]
+
+
 def harmonics(vector: Tensor) -> Tensor:
     """[B, HARMONICS] of condition vectors [B, >= 8] (`model_settings.condition_vector`); all zero without a camera.
 
@@ -39,9 +53,7 @@ def harmonics(vector: Tensor) -> Tensor:
 
     turn = series(cos_az, sin_az, TURN)
     rise = series(cos_el.square() - sin_el.square(), 2 * sin_el * cos_el, RISE)
-    both = turn[:, :, None] * rise[:, None]
-    near = both[:, : 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE] * vector[:, 7, None, None]
-    return torch.cat([both.flatten(1), near.flatten(1)], 1)
+    return _products(turn, rise, vector[:, 7])
 
 
 class Details(nn.Module):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pixel_shuffle
 
-from ..guidance.mean_image import NEAR_RISE, NEAR_TURN, RISE, TURN, harmonics
+from ..guidance.mean_image import frequencies, harmonics
 from ..guidance.prior import Conditions
 from .captions import caption, training_caption, view_word
 from .dataset import RenderedImages
+from .mean import lacking
 from .model import DETAILED, UNSHUFFLE, ToyboxModel
 from .objects import CLASSES
 from .scenes import Description, random_description
@@ -34,46 +35,30 @@ def detailed(description: Description) -> bool:
     )
 
 
-def _lacking(model: ToyboxModel, data: RenderedImages, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+def _samples(model: ToyboxModel, data: RenderedImages, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """What the mean image lacks of these renders, [N, 4 * 64 * 64], and the harmonics of their cameras."""
     camera = torch.from_numpy(data.camera[rows])
     texts = [
         caption(Description(data.descriptions[row].thing, None, view_word(float(c[0]), float(c[1]))))
         for row, c in zip(rows, camera, strict=True)
     ]
-    vector = model.condition_vector(Conditions(texts, camera, torch.full((len(rows), 3), 0.5)))
-    own, clear = model.mean_image(model.embed(model.token_ids(texts)), vector)
-    rgba = (torch.from_numpy(data.images(rows)).float().permute(0, 3, 1, 2) / 255).to(vector)
-    color, alpha = rgba.split([3, 1], 1)
-    true = torch.cat([2 * color - alpha, 1 - alpha], 1)
-    return (true - pixel_shuffle(torch.cat([own, clear], 1), UNSHUFFLE)).flatten(1), harmonics(vector)
-
-
-def _penalty() -> Tensor:
-    """[HARMONICS] 1 + (frequency in azimuth)^2 + (in elevation)^2: pictures change slowly with the camera."""
-    turn, rise = (torch.tensor([0.0, *(k for k in range(1, n + 1) for _ in range(2))]) for n in (TURN, RISE))
-    both = 1 + turn[:, None] ** 2 + (2 * rise) ** 2
-    return torch.cat([both.flatten(), both[: 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE].flatten()])
-
-
-def _odd() -> Tensor:
-    """[HARMONICS] True where half a turn changes the sign."""
-    turn = torch.tensor([0, *(k for k in range(1, TURN + 1) for _ in range(2))]) % 2 == 1
-    rise = torch.ones(1 + 2 * RISE, dtype=torch.bool)
-    both = turn[:, None] & rise
-    return torch.cat([both.flatten(), both[: 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE].flatten()])
+    conditions = Conditions(texts, camera, torch.full((len(rows), 3), 0.5))
+    missing = pixel_shuffle(torch.cat(lacking(model, data, rows, conditions), 1), UNSHUFFLE)
+    return missing.flatten(1), harmonics(model.condition_vector(conditions))
 
 
 def _regress(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Amplitudes [HARMONICS, count] and pictures [count, P] of the regression over parts of (targets, harmonics)."""
     gram, moment, seen = 0.0, 0.0, 0
-    for lacking, waves in parts:
-        lacking, waves = lacking.double().cpu(), waves.double().cpu()
-        gram, moment, seen = gram + waves.T @ waves, moment + waves.T @ lacking, seen + len(waves)
+    for targets, waves in parts:
+        targets, waves = targets.double().cpu(), waves.double().cpu()
+        gram, moment, seen = gram + waves.T @ waves, moment + waves.T @ targets, seen + len(waves)
     gram, moment = gram / seen, moment / seen
-    answer = torch.linalg.solve(gram + RIDGE * torch.diag(_penalty()), moment)
+    turn, rise = frequencies()
+    penalty = 1 + turn.square() + rise.square()  # pictures change slowly with the camera
+    answer = torch.linalg.solve(gram + RIDGE * torch.diag(penalty), moment)
     # the pictures that differ most between opposite sides, weighed by how the cameras are spread
-    odd = _odd()
+    odd = turn % 2 == 1
     root = torch.linalg.cholesky(gram[odd][:, odd] + 1e-6 * torch.eye(int(odd.sum())))
     pictures = torch.linalg.svd(root.T @ answer[odd], full_matrices=False).Vh[:count]
     amplitude = answer @ pictures.T
@@ -90,8 +75,7 @@ def _fit_choice(model: ToyboxModel, count: int = 4096) -> None:
         angles = torch.rand(2, generator=generator) * torch.tensor([1.2, 6.2])
         texts.append(training_caption(meaning, *angles.tolist(), generator))
         labels.append(list(DETAILED).index(meaning.thing.kind) if detailed(meaning) else none)
-    with torch.no_grad():
-        states = model.embed(model.token_ids(texts)).mean(1)
+    states = model.embed(model.token_ids(texts)).mean(1)
     truth, choice = torch.tensor(labels, device=states.device), model.mean_image.details.choice
     optimizer = torch.optim.LBFGS(choice.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
@@ -101,8 +85,7 @@ def _fit_choice(model: ToyboxModel, count: int = 4096) -> None:
         value.backward()
         return value
 
-    with torch.enable_grad():
-        optimizer.step(loss)
+    optimizer.step(loss)  # which takes gradients by itself
 
 
 @torch.no_grad()
@@ -124,19 +107,18 @@ def fit_details(model: ToyboxModel, data: Sequence[RenderedImages], chunk: int =
             for part in data
         ]
         if any(map(len, rows)):
-            chunks = (
-                _lacking(model, part, some[k : k + chunk])
+            parts = (
+                _samples(model, part, some[k : k + chunk])
                 for part, some in zip(data, rows, strict=True) for k in range(0, len(some), chunk)
             )
-            solved[kind] = _regress(chunks, count)
-    start = 0
-    for group, (kind, count) in enumerate(DETAILED.items()):
+            solved[kind] = _regress(parts, count)
+    # only now: what is drawn for one class must not change what the others lack
+    counts = list(DETAILED.values())
+    places = zip(DETAILED, details.amplitude.split(counts, 2), details.pictures.split(counts), strict=True)
+    for group, (kind, amplitude, pictures) in enumerate(places):
         if kind in solved:
-            amplitude, pictures = solved[kind]
-            details.amplitude[group, :, start : start + count] = amplitude.to(details.amplitude)
-            pictures = pictures.view(count, *details.pictures.shape[1:])
-            details.pictures[start : start + count] = pictures.to(details.pictures)
-        start += count
+            amplitude[group] = solved[kind][0]
+            pictures.copy_(solved[kind][1].view_as(pictures))
     _fit_choice(model)
 
 

@@ -10,24 +10,34 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
+from ..guidance.prior import Conditions
 from .batches import TrainSettings, training_choice
 from .dataset import RenderedImages
 from .model import UNSHUFFLE, ToyboxModel
 from .muon import optimizers
 
 
-def mean_image_loss(model: ToyboxModel, data: RenderedImages, settings: TrainSettings, step: int) -> Tensor:
-    """Squared error of both parts of the mean image (see `guidance.mean_image`) over one batch."""
-    rows, conditions, _, _ = training_choice(data, settings, step)
+def lacking(
+    model: ToyboxModel, data: RenderedImages, rows: np.ndarray, conditions: Conditions
+) -> tuple[Tensor, Tensor]:
+    """What both parts of the mean image (see `guidance.mean_image`) of these conditions lack of the renders `rows`."""
     rgba = pixel_unshuffle(torch.from_numpy(data.images(rows)).float().permute(0, 3, 1, 2) / 255, UNSHUFFLE)
     color, alpha = rgba.to(model.device).split([3 * UNSHUFFLE**2, UNSHUFFLE**2], 1)
     text = model.embed(model.token_ids(conditions.texts))
     own, clear = model.mean_image(text, model.condition_vector(conditions))
-    return (own - (2 * color - alpha.repeat(1, 3, 1, 1))).square().mean() + (clear - (1 - alpha)).square().mean()
+    return (2 * color - alpha.repeat(1, 3, 1, 1)) - own, (1 - alpha) - clear
+
+
+def mean_image_loss(model: ToyboxModel, data: RenderedImages, settings: TrainSettings, step: int) -> Tensor:
+    """Squared error of both parts of the mean image over one batch."""
+    rows, conditions, _, _ = training_choice(data, settings, step)
+    own, clear = lacking(model, data, rows, conditions)
+    return own.square().mean() + clear.square().mean()
 
 
 def train_mean_image(

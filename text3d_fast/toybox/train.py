@@ -214,8 +214,9 @@ def train(
         model = ToyboxModel.build(settings.seed) if start is None else ToyboxModel.load(start)
         model.to(device)
         if start is None:
-            train_mean_image(model, RenderedImages(data), mean_steps, settings, report=report)
-            fit_details(model, [RenderedImages(data)])
+            found = RenderedImages(data)
+            train_mean_image(model, found, mean_steps, settings, report=report)
+            fit_details(model, [found])
         trainer = Trainer(settings, model, device)
     images = RenderedImages(data)
     limit = math.inf if minutes is None else 60 * minutes

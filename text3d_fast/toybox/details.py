@@ -20,7 +20,7 @@ from ..guidance.prior import Conditions
 from .captions import caption, training_caption, view_word
 from .dataset import RenderedImages
 from .mean import lacking
-from .model import DETAILED, UNSHUFFLE, ToyboxModel
+from .model import DETAILED, UNSHUFFLE, WEIGHTS, ToyboxModel
 from .objects import CLASSES
 from .scenes import Description, random_description
 
@@ -126,10 +126,10 @@ def main() -> None:
     """The command line of `python -m text3d_fast.toybox.details`."""
     parser = argparse.ArgumentParser(description="Solve for the details of the mean image of a Toybox model.")
     parser.add_argument("--data", required=True, nargs="+", help="folders from python -m text3d_fast.toybox.render")
-    parser.add_argument("--model", help="model folder (default: the shipped one)")
+    parser.add_argument("--model", default=WEIGHTS, help="model folder (default: the shipped one)")
     parser.add_argument("--out", required=True, help="folder to write the model to")
     given = parser.parse_args()
-    model = ToyboxModel.load(given.model) if given.model else ToyboxModel.load()
+    model = ToyboxModel.load(given.model)
     fit_details(model, [RenderedImages(folder) for folder in given.data])
     model.save(given.out)
 

@@ -24,13 +24,14 @@ from ..guidance.prior import Conditions
 from .batches import random_backgrounds
 from .captions import caption, view_word
 from .dataset import RenderedImages
+from .model import WEIGHTS as MODEL_WEIGHTS
 from .model import ToyboxModel
 from .objects import CLASSES, COLORS
 from .render import over, render
 from .sampler import sample, save_sheet
 from .scenes import TRAINING_PAIRS, VIEWS, Description, Thing, build_scene, sample_parameters
 
-WEIGHTS = Path(__file__).with_name("weights") / "scorer.safetensors"
+WEIGHTS = MODEL_WEIGHTS / "scorer.safetensors"
 KINDS, COLOR_NAMES = tuple(CLASSES), tuple(COLORS)
 _SIDES = ("front", "back", "left side", "right side")
 # views that cannot be told apart: solids of revolution, and halves that repeat
@@ -219,7 +220,7 @@ def main() -> None:
     training.add_argument("--steps", type=int, default=1200)
     training.add_argument("--out", default=str(WEIGHTS))
     judging = commands.add_parser("gate", help="judge samples of the learned prior")
-    judging.add_argument("--model", help="model folder (default: the shipped one)")
+    judging.add_argument("--model", default=MODEL_WEIGHTS, help="model folder (default: the shipped one)")
     judging.add_argument("--scorer", default=str(WEIGHTS))
     judging.add_argument("--samples", type=int, default=200)
     judging.add_argument("--guidance-weight", type=float, default=2.0)
@@ -237,7 +238,7 @@ def main() -> None:
         row["gate_renders"] = true_gate_accuracy(scorer)
     else:
         scorer = Scorer.load(given.scorer)
-        model = ToyboxModel.load(given.model) if given.model else ToyboxModel.load()
+        model = ToyboxModel.load(given.model)
         shares, images = gate(
             scorer, model, given.samples, given.guidance_weight, given.steps, not given.words_only, given.seed
         )

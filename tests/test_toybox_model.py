@@ -86,9 +86,10 @@ def test_folder_loads_through_plain_classes(model, folder):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from text3d_fast.guidance.mean_image import MeanImage
+    from text3d_fast.guidance.refiner import Refiner
 
     index = json.loads((folder / "model_index.json").read_text())
-    assert {"unet", "text_encoder", "tokenizer", "scheduler", "mean_image"} <= set(index)
+    assert {"unet", "text_encoder", "tokenizer", "scheduler", "mean_image", "refiner"} <= set(index)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).eval()
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
@@ -98,10 +99,14 @@ def test_folder_loads_through_plain_classes(model, folder):
     ids = tokenizer(["a red mug"], padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(ids, model.token_ids(["a red mug"]))
     mean_image = MeanImage.from_pretrained(folder, subfolder="mean_image", torch_dtype=torch.float32).eval()
+    refiner = Refiner.from_pretrained(folder, subfolder="refiner", torch_dtype=torch.float32).eval()
     x, step = torch.randn(1, 48, 16, 16), torch.tensor([500])
     with torch.no_grad():
         vector, text = torch.zeros(1, 12), text_encoder(ids)[0]
-        theirs = unet(torch.cat([x, mean_image.over(text, vector, None)], 1), step, text, class_labels=vector).sample
+        mean, details = mean_image.over(text, vector, None)
+        theirs = unet(torch.cat([x, mean], 1), step, text, class_labels=vector).sample
+        alpha = scheduler.alphas_cumprod[step].sqrt()
+        theirs = refiner(x, theirs, mean, details, step, alpha, text, vector)
         ours = model.predict(x, step, model.embed(ids), Conditions([""]))
     # weights are stored in half precision: 2^-11 a weight, a few layers deep
     torch.testing.assert_close(theirs, ours, atol=1e-2, rtol=1e-2)
@@ -110,6 +115,10 @@ def test_folder_loads_through_plain_classes(model, folder):
 def test_load_round_trip_and_dropped_conditions(model, folder):
     loaded = ToyboxModel.load(folder)
     assert loaded.settings == model.settings and loaded.settings.licence == "CC0-1.0"
+    loaded.save(folder.parent / "again")
+    for name in ("unet", "mean_image", "refiner"):  # the files do not say where they were loaded from
+        config = json.loads((folder.parent / "again" / name / "config.json").read_text())
+        assert config == json.loads((folder / name / "config.json").read_text()) and "_name_or_path" not in config
     x, step = torch.randn(2, 48, 16, 16), torch.tensor([20, 900])
     with torch.no_grad():
         text = loaded.embed(loaded.token_ids(["a red mug", ""]))
@@ -163,25 +172,28 @@ def test_mean_image_learns_and_composites(data):
     text, vector = model.embed(model.token_ids(["a red mug"])), torch.zeros(1, 12)
     with torch.no_grad():
         white, black, grey, none, unknown = (
-            model.mean_image.over(text, vector, None if level is None else torch.full((1, 3), level))
+            model.mean_image.over(text, vector, None if level is None else torch.full((1, 3), level))[0]
             for level in (1.0, 0.0, 0.5, None, torch.nan)
         )
     torch.testing.assert_close((white + black) / 2, grey)
     assert torch.equal(grey, none) and torch.equal(grey, unknown) and not torch.equal(white, black)
     red = torch.tensor([[1.0, 0.5, 0.5]])
     with torch.no_grad():
-        drawn = model.mean_image.over(text, vector, red)
+        drawn = model.mean_image.over(text, vector, red)[0]
     assert torch.equal(drawn[:, 16:], grey[:, 16:]) and torch.equal(drawn[:, :16], white[:, :16])
 
 
-def test_text_encoder_and_mean_image_stay_while_the_unet_learns(data):
+def test_other_networks_stay_while_the_unet_learns(data):
     trainer = Trainer(TrainSettings(batch=2), ToyboxModel.build(0, SMALL), autocast=False)
-    kept = [p.clone() for part in (trainer.model.text_encoder, trainer.model.mean_image) for p in part.parameters()]
+
+    def others(model):
+        return [p for part in (model.text_encoder, model.mean_image, model.refiner) for p in part.parameters()]
+
+    kept = [p.clone() for p in others(trainer.model)]
     trainer.step(RenderedImages(data), 0.0)
     averaged = trainer.averaged()
     for model in (trainer.model, averaged):
-        now = [p for part in (model.text_encoder, model.mean_image) for p in part.parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, others(model), strict=True))
 
 
 def test_resume_repeats_the_uninterrupted_run(data, tmp_path):
@@ -232,7 +244,7 @@ def test_sampler_is_exact_for_a_known_answer(model):
         def predict(self, x_t, steps, text, conditions):
             return torch.full_like(x_t, 0.5)
 
-    constant = Constant(model.unet, model.text_encoder, model.tokenizer, model.scheduler, model.mean_image)
+    constant = Constant(**{name: value for name, value in vars(model).items() if name != "settings"})
     for weight in (0.0, 3.0):
         images = sample(constant, conditions(2), weight, steps=5, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(images, torch.full((2, 64, 64, 3), 0.75))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model_folder import MEAN_IMAGE, ModelError, ModelFolder, brief, latent_scale, open_model, vae_factor
+from .model_folder import MEAN_IMAGE, REFINER, ModelError, ModelFolder, brief, latent_scale, open_model, vae_factor
 from .model_settings import condition_vector
 from .prior import Conditions
 from .schedule import NoiseSchedule
@@ -35,12 +35,14 @@ class DiffusionPrior:
         device: torch.device,
         dtype: torch.dtype,
         mean_image: Any | None = None,
+        refiner: Any | None = None,
     ):
         self.folder = folder
         self.settings = folder.settings
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae if vae is None else vae.eval().requires_grad_(False)
         self.mean_image = mean_image if mean_image is None else mean_image.eval().requires_grad_(False)
+        self.refiner = refiner if refiner is None else refiner.eval().requires_grad_(False)
         self.schedule = schedule
         self.texts = texts
         self.device = device
@@ -104,12 +106,16 @@ class DiffusionPrior:
             unet = unet.to(memory_format=torch.channels_last)
             vae = vae if vae is None else vae.to(memory_format=torch.channels_last)
         texts = TextEmbeddings(lambda: load_text(folder, device, dtype), device, dtype)
-        mean_image = None
+        mean_image = refiner = None
         if folder.has_mean_image:
             from .mean_image import MeanImage
 
             mean_image = load_component(MEAN_IMAGE, MeanImage, folder, dtype).to(device)
-        return cls(folder, unet, vae, _schedule(folder), texts, device, dtype, mean_image)
+        if folder.has_refiner:
+            from .refiner import Refiner
+
+            refiner = load_component(REFINER, Refiner, folder, dtype).to(device)
+        return cls(folder, unet, vae, _schedule(folder), texts, device, dtype, mean_image, refiner)
 
     def prepare(self, texts: list[str]) -> None:
         """Embed these prompts (and the empty one) now, and free the text encoder."""
@@ -154,7 +160,7 @@ class DiffusionPrior:
         return (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def predict(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """What the network itself returns (eps, v or x, by `prediction_type`), fp32. x_t [B, C, h, w], t [B]."""
+        """What the networks themselves return (eps, v or x, by `prediction_type`), fp32. x_t [B, C, h, w], t [B]."""
         if x_t.ndim != 4 or x_t.shape[1] != self.channels or len(x_t) != len(conditions):
             raise ValueError(
                 f"x_t: expected [{len(conditions)}, {self.channels}, h, w] as in conditions, got {list(x_t.shape)}"
@@ -163,17 +169,22 @@ class DiffusionPrior:
         if self.settings.conditions:
             labels = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
             labels = labels.to(self.device, self.dtype)
-        text, seen = self.texts(conditions.texts), x_t.to(self.dtype)
+        text, seen, step = self.texts(conditions.texts), x_t.to(self.dtype), self.schedule.timestep(t)
         if self.mean_image is not None:
-            seen = torch.cat([seen, self.mean_image.over(text, labels, conditions.background)], 1)
+            mean, details = self.mean_image.over(text, labels, conditions.background)
+            seen = torch.cat([seen, mean], 1)
         prediction = self.unet(
             seen,
-            self.schedule.timestep(t),
+            step,
             encoder_hidden_states=text,
             class_labels=labels,
             return_dict=False,
         )[0]
-        return prediction[:, : self.channels].float()  # a learned variance, if any, comes after
+        prediction = prediction[:, : self.channels].float()  # a learned variance, if any, comes after
+        if self.refiner is None:
+            return prediction
+        alpha = self.schedule.alpha(self.schedule.snap(t))
+        return self.refiner(x_t, prediction, mean, details, step, alpha, text, labels)
 
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """See Prior. The conversion to eps is made in fp32."""
@@ -181,7 +192,7 @@ class DiffusionPrior:
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints, with what is resident now."""
-        parts = {"unet": self.unet, "vae": self.vae, MEAN_IMAGE: self.mean_image}
+        parts = {"unet": self.unet, "vae": self.vae, MEAN_IMAGE: self.mean_image, REFINER: self.refiner}
         resident = {
             name: sum(p.numel() * p.element_size() for p in part.parameters())
             for name, part in parts.items()

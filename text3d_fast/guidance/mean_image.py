@@ -11,68 +11,80 @@ in harmonics of the camera, so that least squares finds such marks in a minute, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
+from torch.nn.functional import affine_grid, grid_sample, pixel_unshuffle
 
-TURN, RISE = 6, 3  # harmonics of azimuth and of twice the elevation
-NEAR_TURN, NEAR_RISE = 4, 1  # those that are also multiplied by the distance
-HARMONICS = (1 + 2 * TURN) * (1 + 2 * RISE) + (1 + 2 * NEAR_TURN) * (1 + 2 * NEAR_RISE)
-
-
-def _products(turn: Tensor, rise: Tensor, distance: Tensor) -> Tensor:
-    """[B, HARMONICS] of series in azimuth [B, 1 + 2 TURN] and elevation [B, 1 + 2 RISE], the near ones times [B]."""
-    both = turn[:, :, None] * rise[:, None]
-    near = both[:, : 1 + 2 * NEAR_TURN, : 1 + 2 * NEAR_RISE] * distance[:, None, None]
-    return torch.cat([both.flatten(1), near.flatten(1)], 1)
+TURN, RISE = 8, 3  # harmonics of azimuth and of twice the elevation
+HARMONICS = (1 + 2 * TURN) * (1 + 2 * RISE)
+NEAR = 0.8  # of the reference distance: where pictures of details are drawn from, so that the object fills them
 
 
 def frequencies() -> tuple[Tensor, Tensor]:
     """[HARMONICS] each: how often the harmonics swing in a turn of the azimuth, and of the elevation."""
-    turn, rise = (torch.tensor([[0.0, *(k for k in range(1, n + 1) for _ in range(2))]]) for n in (TURN, RISE))
-    one = torch.ones(1)
-    return _products(turn, torch.ones_like(rise), one)[0], _products(torch.ones_like(turn), 2 * rise, one)[0]
+    turn, rise = (torch.tensor([0.0, *(k for k in range(1, n + 1) for _ in range(2))]) for n in (TURN, RISE))
+    return turn.repeat_interleave(len(rise)), 2 * rise.repeat(len(turn))
+
+
+def series(first: Tensor, cos: Tensor, sin: Tensor, count: int) -> Tensor:
+    """[B, 1 + 2 count]: first, then cos k a and sin k a for k = 1..count; all [B]."""
+    terms, real, imaginary = [first], cos, sin
+    for _ in range(count):
+        terms += [real, imaginary]
+        real, imaginary = real * cos - imaginary * sin, real * sin + imaginary * cos
+    return torch.stack(terms, 1)
 
 
 def harmonics(vector: Tensor) -> Tensor:
     """[B, HARMONICS] of condition vectors [B, >= 8] (`model_settings.condition_vector`); all zero without a camera.
 
-    Products of 1, cos k az, sin k az (k <= TURN) and 1, cos 2 k el, sin 2 k el (k <= RISE), then the lower ones among
-    them times the vector's distance.
+    Products of 1, cos k az, sin k az (k <= TURN) and 1, cos 2 k el, sin 2 k el (k <= RISE).
     """
     given, sin_el, cos_el, sin_az, cos_az = vector[:, :5].unbind(1)
+    turn = series(given, cos_az, sin_az, TURN)
+    rise = series(given, cos_el.square() - sin_el.square(), 2 * sin_el * cos_el, RISE)
+    return (turn[:, :, None] * rise[:, None]).flatten(1)
 
-    def series(cos: Tensor, sin: Tensor, count: int) -> Tensor:
-        terms, real, imaginary = [given], cos, sin
-        for _ in range(count):
-            terms += [real, imaginary]
-            real, imaginary = real * cos - imaginary * sin, real * sin + imaginary * cos
-        return torch.stack(terms, 1)
 
-    turn = series(cos_az, sin_az, TURN)
-    rise = series(cos_el.square() - sin_el.square(), 2 * sin_el * cos_el, RISE)
-    return _products(turn, rise, vector[:, 7])
+def zoomed(images: Tensor, factor: Tensor, side: int) -> Tensor:
+    """Images [B, C, h, w] -> [B, C, side, side], enlarged by factors [B] about the middle (or shrunk, on zeros)."""
+    scale = torch.eye(2, 3).to(images) / factor[:, None, None].to(images)
+    grid = affine_grid(scale, [len(images), images.shape[1], side, side], align_corners=False)
+    return grid_sample(images, grid, align_corners=False)
+
+
+def nearness(vector: Tensor) -> Tensor:
+    """[B] how much larger than in pictures of details an object looks from the cameras of condition vectors."""
+    return NEAR * torch.exp(-vector[:, 7] / 4)
 
 
 class Details(nn.Module):
     """Text states [B, L, text_width] and a condition vector -> an addition [B, 4, side, side] to `own` and `clear`.
 
-    The text chooses one of `groups` kinds of image, or none; each has its own linear map from the harmonics to the
-    amplitudes of the `pictures`. `toybox.details.fit_details` solves for all three.
+    The text chooses a kind of image, or none, and a colour; for each colour a linear map takes the harmonics to the
+    amplitudes of the kind's pictures, which are bytes of 1 / 127. `toybox.details.fit_details` solves for all of it.
     """
 
-    def __init__(self, text_width: int, groups: int, pictures: int, side: int) -> None:
+    def __init__(self, text_width: int, pictures: Sequence[int], colors: int, picture_side: int, side: int) -> None:
         super().__init__()
-        self.choice = nn.Linear(text_width, groups + 1)  # the last stands for none
-        self.amplitude = nn.Parameter(torch.zeros(groups, HARMONICS, pictures))
-        self.pictures = nn.Parameter(torch.zeros(pictures, 4, side, side))
+        self.counts, self.side = tuple(pictures), side
+        self.choice = nn.Linear(text_width, len(pictures) + 1)  # the last stands for none
+        self.color = nn.Linear(text_width, colors)
+        self.amplitude = nn.Parameter(torch.zeros(colors, HARMONICS, sum(pictures)))
+        shape = (sum(pictures), 4, picture_side, picture_side)
+        self.pictures = nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
 
     def forward(self, text: Tensor, vector: Tensor) -> Tensor:
-        chosen = self.choice(text.mean(1)).softmax(1)[:, :-1]
-        amplitude = torch.einsum("bg,bh,ghp->bp", chosen, harmonics(vector), self.amplitude)
-        return torch.einsum("bp,pcyx->bcyx", amplitude, self.pictures)
+        states = text.mean(1)
+        color, *shares = self.color(states).softmax(1), *self.choice(states).softmax(1).split(1, 1)
+        amplitude = torch.einsum("bc,bh,chp->bp", color, harmonics(vector), self.amplitude)
+        amplitude = amplitude * torch.cat([s.expand(-1, n) for s, n in zip(shares, self.counts, strict=False)], 1)
+        drawn = torch.einsum("bp,pcyx->bcyx", amplitude / 127, self.pictures.to(amplitude.dtype))
+        return zoomed(drawn, nearness(vector), self.side)
 
 
 class MeanImage(ModelMixin, ConfigMixin):
@@ -80,6 +92,7 @@ class MeanImage(ModelMixin, ConfigMixin):
 
     The background is composited, not learned: `forward` returns `own` [B, 3 u^2, size, size] and `clear`
     [B, u^2, size, size], u the pixel unshuffle, such that the image in -1..1 on the background b is own + clear * b.
+    What `details` adds to both is not in them: `over` puts all together.
     """
 
     config_name = "config.json"
@@ -87,7 +100,8 @@ class MeanImage(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self, text_width: int = 96, condition_size: int = 12, size: int = 16, pixel_unshuffle: int = 4,
-        width: int = 128, layers: int = 2, hidden: int = 512, channels: int = 128, groups: int = 0, pictures: int = 0,
+        width: int = 128, layers: int = 2, hidden: int = 512, rank: int = 192, channels: int = 128,
+        pictures: tuple[int, ...] = (), colors: int = 8, picture_side: int = 48,
     ) -> None:
         super().__init__()
         self.text = nn.Linear(text_width, width)
@@ -98,7 +112,8 @@ class MeanImage(ModelMixin, ConfigMixin):
         )
         self.features = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, channels * (size // 4) ** 2), nn.Unflatten(1, (channels, size // 4, size // 4)),
+            nn.Linear(hidden, rank, bias=False), nn.Linear(rank, channels * (size // 4) ** 2),
+            nn.Unflatten(1, (channels, size // 4, size // 4)),
         )
         half = channels // 2
         self.draw = nn.Sequential(
@@ -107,22 +122,35 @@ class MeanImage(ModelMixin, ConfigMixin):
             nn.GroupNorm(8, half), nn.SiLU(), nn.Conv2d(half, half, 3, 1, 1),
             nn.GroupNorm(8, half), nn.SiLU(), nn.Conv2d(half, 4 * pixel_unshuffle**2, 1),
         )
-        self.details = Details(text_width, groups, pictures, size * pixel_unshuffle) if pictures else None
+        side = size * pixel_unshuffle
+        self.details = Details(text_width, pictures, colors, picture_side, side) if pictures else None
 
     def forward(self, text: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         tokens = torch.cat([self.condition(vector)[:, None], self.text(text)], 1)
         for layer in self.mix:
             tokens = layer(tokens)
-        drawn = self.draw(self.features(tokens[:, 0]))
-        if self.details is not None:
-            drawn = drawn + pixel_unshuffle(self.details(text, vector), self.config.pixel_unshuffle)
-        return drawn.split([3 * self.config.pixel_unshuffle**2, self.config.pixel_unshuffle**2], 1)
+        return self._parts(self.draw(self.features(tokens[:, 0])))
 
-    def over(self, text: Tensor, vector: Tensor, background: Tensor | None) -> Tensor:
-        """The mean image [B, 3 u^2, size, size] in -1..1 over backgrounds [B, 3] in 0..1 (NaN or None: mid-grey)."""
-        own, clear = self(text, vector)
-        if background is None:
-            return own
-        color = (2 * background.to(own) - 1).nan_to_num(0.0)
-        # unshuffled channels go through the pixels of a cell within each colour
-        return own + (color[:, :, None, None, None] * clear[:, None]).flatten(1, 2)
+    def _parts(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.config.pixel_unshuffle**2
+        return drawn.split([3 * pixels, pixels], 1)
+
+    def over(self, text: Tensor, vector: Tensor, background: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean image with its details, and the details alone; both [B, 3 u^2, size, size] in -1..1.
+
+        background [B, 3] in 0..1 is put behind both (NaN or None: mid-grey). Without details the second is zero.
+        """
+        drawn = _composite(*self(text, vector), background)
+        if self.details is None:
+            return drawn, torch.zeros_like(drawn)
+        parts = self._parts(pixel_unshuffle(self.details(text, vector), self.config.pixel_unshuffle))
+        details = _composite(*parts, background)
+        return drawn + details, details
+
+
+def _composite(own: Tensor, clear: Tensor, background: Tensor | None) -> Tensor:
+    if background is None:
+        return own
+    color = (2 * background.to(own) - 1).nan_to_num(0.0)
+    # unshuffled channels go through the pixels of a cell within each colour
+    return own + (color[:, :, None, None, None] * clear[:, None]).flatten(1, 2)

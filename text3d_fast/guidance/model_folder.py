@@ -19,8 +19,8 @@ from .model_settings import FILE_NAME, ModelSettings, condition_size
 from .schedule import PREDICTION_TYPES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MEAN_IMAGE = "mean_image"
-_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", MEAN_IMAGE)
+MEAN_IMAGE, REFINER = "mean_image", "refiner"
+_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", MEAN_IMAGE, REFINER)
 SUPPORTED = (
     "Supported: Stable-Diffusion-class models (one U-Net conditioned on one CLIP or T5 text encoder, with a VAE or on "
     "pixels, DDPM noise schedule)."
@@ -59,6 +59,11 @@ class ModelFolder:
     def has_mean_image(self) -> bool:
         """Whether its U-Net is shown the mean image of the conditions (see mean_image.py) beside the noisy one."""
         return (self.path / MEAN_IMAGE).is_dir()
+
+    @property
+    def has_refiner(self) -> bool:
+        """Whether a second network (see refiner.py) goes over the clean image that its U-Net predicts."""
+        return (self.path / REFINER).is_dir()
 
     @property
     def channels(self) -> int:
@@ -104,6 +109,7 @@ class ModelFolder:
         """What `doctor --model` prints. memory: bytes of the weights in fp16 and fp32, without activations."""
         components = ["unet", "text_encoder"] + (["vae"] if self.vae is not None else [])
         components += [MEAN_IMAGE] if self.has_mean_image else []
+        components += [REFINER] if self.has_refiner else []
         counts = {name: self.parameters(name) for name in components}
         resident = sum(count for name, count in counts.items() if name != "text_encoder")
         size = self.image_size // self.latent_factor
@@ -306,6 +312,8 @@ def _refuse_unsupported(folder: ModelFolder) -> None:
         channels, name = vae.get("latent_channels", 4), "latents"
     if folder.has_mean_image and (vae is not None or settings.conditions != ["camera", "background"]):
         refuse(f"{MEAN_IMAGE}/ needs a model on pixels that is given camera and background")
+    if folder.has_refiner and not (folder.has_mean_image and folder.prediction_type == "sample"):
+        refuse(f"{REFINER}/ needs a model with {MEAN_IMAGE}/ that predicts the clean image (prediction_type sample)")
     if unet.get("in_channels", 4) != (2 * channels if folder.has_mean_image else channels):
         refuse(f"its U-Net takes {unet.get('in_channels')} channels where {name} have {channels} (an inpainting, "
                f"upscaling or image-to-image model?)")

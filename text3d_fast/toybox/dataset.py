@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -170,15 +171,28 @@ class RenderedImages:
         self.descriptions = [Description.from_dict(record["description"]) for record in self.records]
         keys = ("elevation", "azimuth", "distance")
         self.camera = np.array([[record[key] for key in keys] for record in self.records], dtype=np.float32)
+        self._rows = np.arange(self._starts[-1])
+        self._sort_by_view()
+
+    def _sort_by_view(self) -> None:
         words = np.array([view_word(float(c[0]), float(c[1])) for c in self.camera])
         self.front, self.not_front = (words == "front").nonzero()[0], (words != "front").nonzero()[0]
         self.overhead = (words == "overhead").nonzero()[0]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._rows)
+
+    def subset(self, rows: Sequence[int]) -> RenderedImages:
+        """These rows alone, numbered anew."""
+        part = copy(self)
+        part._rows, part.camera = self._rows[rows], self.camera[rows]
+        part.records, part.descriptions = [self.records[k] for k in rows], [self.descriptions[k] for k in rows]
+        part._sort_by_view()
+        return part
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images [len(rows), H, W, 4] uint8, premultiplied."""
+        rows = self._rows[rows]
         shard = np.searchsorted(self._starts, rows, side="right") - 1
         return np.stack([self._shards[s][r - self._starts[s]] for s, r in zip(shard, rows, strict=True)])
 

@@ -1,8 +1,8 @@
 """Solves for the details of the mean image: `python -m text3d_fast.toybox.details --data DIR --model DIR --out DIR`.
 
-What the mean image lacks of the renders of a class is regressed on harmonics of the camera (ridge, stronger for higher
-ones); kept are the singular pictures that differ most between opposite sides. A minute for 40,000 renders;
-`guidance.mean_image.Details` says why.
+What the mean image lacks of the renders of a class, all seen from the same distance, is regressed on harmonics of the
+camera, for each colour (ridge, stronger for higher ones); kept are the singular pictures that differ most between
+opposite sides. Two minutes for 90,000 renders; `guidance.mean_image.Details` says why.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pixel_shuffle
+from torch.nn.functional import cross_entropy, one_hot, pixel_shuffle
 
-from ..guidance.mean_image import frequencies, harmonics
+from ..guidance.mean_image import frequencies, harmonics, nearness, zoomed
 from ..guidance.prior import Conditions
 from .captions import caption, training_caption, view_word
 from .dataset import RenderedImages
 from .mean import lacking
 from .model import DETAILED, UNSHUFFLE, WEIGHTS, ToyboxModel
-from .objects import CLASSES
+from .objects import CLASSES, COLORS
 from .scenes import Description, random_description
 
-RIDGE = 3e-3  # of 3e-4 .. 1e-2 the best on held-out renders for three of the four classes
+RIDGE = 1e-3  # of 3e-4 .. 1e-2 the best on held-out renders for two of the four classes, near it for the others
 
 
 def detailed(description: Description) -> bool:
@@ -35,57 +35,71 @@ def detailed(description: Description) -> bool:
     )
 
 
-def _samples(model: ToyboxModel, data: RenderedImages, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """What the mean image lacks of these renders, [N, 4 * 64 * 64], and the harmonics of their cameras."""
+def _samples(model: ToyboxModel, data: RenderedImages, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """What the mean image lacks of these renders, [N, P], the harmonics of their cameras, and their colours [N]."""
     camera = torch.from_numpy(data.camera[rows])
+    things = [data.descriptions[row].thing for row in rows]
     texts = [
-        caption(Description(data.descriptions[row].thing, None, view_word(float(c[0]), float(c[1]))))
-        for row, c in zip(rows, camera, strict=True)
+        caption(Description(thing, None, view_word(float(c[0]), float(c[1]))))
+        for thing, c in zip(things, camera, strict=True)
     ]
     conditions = Conditions(texts, camera, torch.full((len(rows), 3), 0.5))
     missing = pixel_shuffle(torch.cat(lacking(model, data, rows, conditions), 1), UNSHUFFLE)
-    return missing.flatten(1), harmonics(model.condition_vector(conditions))
+    vector = model.condition_vector(conditions)
+    side = model.mean_image.config.picture_side
+    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
+    return zoomed(missing, 1 / nearness(vector), side).flatten(1).cpu(), harmonics(vector).cpu(), colors
 
 
-def _regress(parts: Iterable[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Amplitudes [HARMONICS, count] and pictures [count, P] of the regression over parts of (targets, harmonics)."""
-    gram, moment, seen = 0.0, 0.0, 0
-    for targets, waves in parts:
-        targets, waves = targets.double().cpu(), waves.double().cpu()
-        gram, moment, seen = gram + waves.T @ waves, moment + waves.T @ targets, seen + len(waves)
-    gram, moment = gram / seen, moment / seen
+def _regress(parts: Iterable[tuple[Tensor, Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Amplitudes [colours, HARMONICS, count] and pictures [count, P], bytes, of the regression over parts of samples.
+
+    The answer for a colour is one for all and a difference, both small: a colour that is never seen has the common one.
+    """
+    gram, moment, spread, seen = 0.0, 0.0, 0.0, 0
+    for targets, waves, colors in parts:
+        own = one_hot(colors, len(COLORS)).to(waves)[:, :, None] * waves[:, None]
+        features = torch.cat([waves, own.flatten(1)], 1)
+        gram, moment = gram + (features.T @ features).double(), moment + (features.T @ targets).double()
+        spread, seen = spread + (waves.T @ waves).double(), seen + len(waves)
+    gram, moment, spread = gram / seen, moment / seen, spread / seen
     turn, rise = frequencies()
-    penalty = 1 + turn.square() + rise.square()  # pictures change slowly with the camera
-    answer = torch.linalg.solve(gram + RIDGE * torch.diag(penalty), moment)
+    penalty = (1 + turn.square() + rise.square()).repeat(1 + len(COLORS))  # pictures change slowly with the camera
+    answer = torch.linalg.solve(gram + RIDGE * torch.diag(penalty), moment).unflatten(0, (-1, len(turn)))
+    answer = answer[0] + answer[1:]
     # the pictures that differ most between opposite sides, weighed by how the cameras are spread
     odd = turn % 2 == 1
-    root = torch.linalg.cholesky(gram[odd][:, odd] + 1e-6 * torch.eye(int(odd.sum())))
-    pictures = torch.linalg.svd(root.T @ answer[odd], full_matrices=False).Vh[:count]
-    amplitude = answer @ pictures.T
-    height = pictures.abs().amax(1)  # half precision likes values near 1
-    return amplitude * height, pictures / height[:, None]
+    root = torch.linalg.cholesky(spread[odd][:, odd] + 1e-6 * torch.eye(int(odd.sum())))
+    pictures = torch.linalg.svd((root.T @ answer[:, odd]).flatten(0, 1), full_matrices=False).Vh[:count]
+    height = pictures.abs().amax(1)
+    return answer @ pictures.T * height, (127 * pictures / height[:, None]).round().to(torch.int8)
 
 
 def _fit_choice(model: ToyboxModel, count: int = 4096) -> None:
-    """Teaches the details to tell from the text which class's they are, if any: a logistic regression."""
+    """Teaches the details to tell from the text whose they are, if any, and in which colour: logistic regressions."""
     generator, none = torch.Generator().manual_seed(0), len(DETAILED)
-    texts, labels = [""] * (count // 10), [none] * (count // 10)
+    texts, labels = [""] * (count // 10), [(none, -100)] * (count // 10)  # -100: not asked for by cross_entropy
     for k in range(count):
         meaning = random_description(generator, kinds=tuple(DETAILED if k % 2 else CLASSES))
         angles = torch.rand(2, generator=generator) * torch.tensor([1.2, 6.2])
         texts.append(training_caption(meaning, *angles.tolist(), generator))
-        labels.append(list(DETAILED).index(meaning.thing.kind) if detailed(meaning) else none)
+        thing = meaning.thing
+        labels.append(
+            (list(DETAILED).index(thing.kind), list(COLORS).index(thing.color)) if detailed(meaning) else (none, -100)
+        )
+    details = model.mean_image.details
     states = model.embed(model.token_ids(texts)).mean(1)
-    truth, choice = torch.tensor(labels, device=states.device), model.mean_image.details.choice
-    optimizer = torch.optim.LBFGS(choice.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    truth = torch.tensor(labels, device=states.device)
+    for layer, answers in zip((details.choice, details.color), truth.unbind(1), strict=True):
+        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = cross_entropy(choice(states), truth) + 1e-6 * choice.weight.square().sum()
-        value.backward()
-        return value
+        def loss(optimizer=optimizer, layer=layer, answers=answers) -> Tensor:
+            optimizer.zero_grad()
+            value = cross_entropy(layer(states), answers) + 1e-6 * layer.weight.square().sum()
+            value.backward()
+            return value
 
-    optimizer.step(loss)  # which takes gradients by itself
+        optimizer.step(loss)  # which takes gradients by itself
 
 
 @torch.no_grad()
@@ -115,9 +129,9 @@ def fit_details(model: ToyboxModel, data: Sequence[RenderedImages], chunk: int =
     # only now: what is drawn for one class must not change what the others lack
     counts = list(DETAILED.values())
     places = zip(DETAILED, details.amplitude.split(counts, 2), details.pictures.split(counts), strict=True)
-    for group, (kind, amplitude, pictures) in enumerate(places):
+    for kind, amplitude, pictures in places:
         if kind in solved:
-            amplitude[group] = solved[kind][0]
+            amplitude.copy_(solved[kind][0])
             pictures.copy_(solved[kind][1].view_as(pictures))
     _fit_choice(model)
 

@@ -1,11 +1,12 @@
 """The learned prior of Toybox: a small text-to-image diffusion model in the standard diffusers folder format.
 
-    model_index.json   mean_image/   scheduler/   text_encoder/   tokenizer/   unet/   text3d.json
+    model_index.json  mean_image/  refiner/  scheduler/  text_encoder/  tokenizer/  unet/  text3d.json
 
 A CLIP text encoder of width 96 over the Toybox words and a UNet2DConditionModel on the pixel-unshuffled image
 (3 x 64 x 64 -> 48 x 16 x 16, values in -1..1) that predicts the clean image, beside which it is shown the mean of all
-images that fit the conditions (`guidance.mean_image`). Camera and background colour are optional
-conditions: the vector of `guidance.model_settings.condition_vector` through the UNet's projection class embedding.
+images that fit the conditions (`guidance.mean_image`); `guidance.refiner` goes over its answer. Camera and background
+colour are optional conditions: the vector of `guidance.model_settings.condition_vector` through the UNet's projection
+class embedding.
 Any code that loads Stable-Diffusion-class folders loads this one; `ToyboxModel` is what trainer and sampler share.
 """
 
@@ -23,10 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..export import write_bytes
 from ..guidance.mean_image import MeanImage
-from ..guidance.model_folder import MEAN_IMAGE
+from ..guidance.model_folder import MEAN_IMAGE, REFINER
 from ..guidance.model_settings import ModelSettings, condition_size, condition_vector
 from ..guidance.prior import Conditions
+from ..guidance.refiner import Refiner
 from .captions import words
+from .objects import COLORS
 from .tokens import MAX_TOKENS, build_tokenizer
 
 WEIGHTS = Path(__file__).with_name("weights")
@@ -34,7 +37,7 @@ IMAGE_SIZE, UNSHUFFLE, TEXT_WIDTH = 64, 4, 96
 CHANNELS = (96, 128, 160)
 CONDITION_NAMES = ["camera", "background"]
 # Classes whose sides differ in a few pixels, and how many pictures of details each may have within 25 MB.
-DETAILED = {"snowman": 10, "house": 4, "teapot": 4, "clock": 3}
+DETAILED = {"snowman": 30, "house": 14, "teapot": 12, "clock": 10}
 
 
 def model_settings() -> ModelSettings:
@@ -112,13 +115,14 @@ def to_images(x: Tensor) -> Tensor:
 
 @dataclass
 class ToyboxModel:
-    """UNet, text encoder, tokenizer and noise schedule, and how they fit together."""
+    """The networks, the tokenizer and the noise schedule, and how they fit together."""
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
     mean_image: MeanImage
+    refiner: Refiner
     settings: ModelSettings = field(default_factory=model_settings)
 
     @classmethod
@@ -130,9 +134,10 @@ class ToyboxModel:
             text_encoder = build_text_encoder(tokenizer)
             mean_image = MeanImage(
                 TEXT_WIDTH, condition_size(CONDITION_NAMES), IMAGE_SIZE // UNSHUFFLE, UNSHUFFLE,
-                groups=len(DETAILED), pictures=sum(DETAILED.values()),
+                pictures=tuple(DETAILED.values()), colors=len(COLORS),
             )
-            return cls(build_unet(channels), text_encoder, tokenizer, build_scheduler(), mean_image)
+            refiner = Refiner(TEXT_WIDTH, condition_size(CONDITION_NAMES), UNSHUFFLE)
+            return cls(build_unet(channels), text_encoder, tokenizer, build_scheduler(), mean_image, refiner)
 
     @classmethod
     def load(cls, folder: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> ToyboxModel:
@@ -150,6 +155,7 @@ class ToyboxModel:
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
                 DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
                 MeanImage.from_pretrained(folder, subfolder=MEAN_IMAGE, torch_dtype=torch.float32),
+                Refiner.from_pretrained(folder, subfolder=REFINER, torch_dtype=torch.float32),
                 ModelSettings.load(folder),
             )
         except Exception as error:  # every library below raises its own kinds
@@ -164,12 +170,11 @@ class ToyboxModel:
         folder.mkdir(parents=True, exist_ok=True)
         index = folder / "model_index.json"
         index.unlink(missing_ok=True)
-        unet = UNet2DConditionModel.from_config(self.unet.config)
-        unet.load_state_dict(self.unet.state_dict())
-        unet.to(dtype).save_pretrained(folder / "unet")
-        mean_image = MeanImage.from_config(self.mean_image.config)
-        mean_image.load_state_dict(self.mean_image.state_dict())
-        mean_image.to(dtype).save_pretrained(folder / MEAN_IMAGE)
+        for name, part in (("unet", self.unet), (MEAN_IMAGE, self.mean_image), (REFINER, self.refiner)):
+            # without the folder that it was loaded from
+            copy = type(part).from_config({k: v for k, v in part.config.items() if k != "_name_or_path"})
+            copy.load_state_dict(part.state_dict())
+            copy.to(dtype).save_pretrained(folder / name)
         text_encoder = CLIPTextModel(self.text_encoder.config)
         text_encoder.load_state_dict(self.text_encoder.state_dict())
         text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
@@ -180,6 +185,7 @@ class ToyboxModel:
             "_class_name": "DiffusionPipeline",
             "_diffusers_version": diffusers.__version__,
             MEAN_IMAGE: ["text3d_fast.guidance.mean_image", "MeanImage"],
+            REFINER: ["text3d_fast.guidance.refiner", "Refiner"],
             "scheduler": ["diffusers", "DDPMScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -193,13 +199,13 @@ class ToyboxModel:
 
     def to(self, device: torch.device | str) -> ToyboxModel:
         """Moves the networks to `device`; returns self."""
-        for part in (self.unet, self.text_encoder, self.mean_image):
+        for part in (self.unet, self.text_encoder, self.mean_image, self.refiner):
             part.to(device)
         return self
 
     def eval(self) -> ToyboxModel:
         """Sets the networks to evaluation; returns self."""
-        for part in (self.unet, self.text_encoder, self.mean_image):
+        for part in (self.unet, self.text_encoder, self.mean_image, self.refiner):
             part.eval()
         return self
 
@@ -218,11 +224,26 @@ class ToyboxModel:
         vector = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
         return vector.to(self.device)
 
+    def coarse(
+        self, x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The U-Net's answer, and the mean image and its details that it was shown; all [B, 48, 16, 16]."""
+        vector = self.condition_vector(conditions)
+        mean, details = self.mean_image.over(text, vector, conditions.background)
+        seen = torch.cat([x_t, mean], 1)
+        return self.unet(seen, steps, text, class_labels=vector, return_dict=False)[0], mean, details
+
+    def refine(
+        self, coarse: tuple[Tensor, Tensor, Tensor], x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions
+    ) -> Tensor:
+        """The refined answer to what `coarse` gave for the same arguments."""
+        alpha = self.scheduler.alphas_cumprod[steps.cpu()].sqrt().to(x_t)
+        return self.refiner(x_t, *coarse, steps, alpha, text, self.condition_vector(conditions))
+
     def predict(self, x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions) -> Tensor:
         """The clean x predicted from noisy x_t [B, 48, 16, 16] at discrete steps [B]; text [B, L, 96] from `embed`.
 
         `conditions` gives camera and background (its texts are not read). Differentiable in everything but `steps`.
         """
-        vector = self.condition_vector(conditions)
-        seen = torch.cat([x_t, self.mean_image.over(text, vector, conditions.background)], 1)
-        return self.unet(seen, steps, text, class_labels=vector, return_dict=False)[0]
+        coarse = self.coarse(x_t, steps, text, conditions)
+        return self.refine(coarse, x_t, steps, text, conditions)

@@ -33,6 +33,24 @@ from .sampler import sample, save_sheet, sheet_conditions
 CHECKPOINT = "checkpoint.pt"
 
 
+def noisy_images(
+    model: ToyboxModel, images: Tensor, generator: torch.Generator, noise_exponent: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean and noisy x of images [B, 64, 64, 3], and their steps [B], on the model's device.
+
+    The levels are u^noise_exponent of the schedule's length with u spread evenly over 0..1. Noise and levels come from
+    the CPU generator.
+    """
+    clean, count = to_latent(images), len(images)
+    kept = model.scheduler.alphas_cumprod
+    steps = (torch.arange(count) + torch.rand((), generator=generator)) / count
+    steps = (steps**noise_exponent * len(kept)).long().clamp(max=len(kept) - 1)
+    noise = torch.randn(clean.shape, generator=generator)
+    abar = kept[steps].float().view(-1, 1, 1, 1)
+    noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    return clean.to(model.device), noisy.to(model.device), steps.to(model.device)
+
+
 def denoising_loss(
     model: ToyboxModel,
     images: Tensor,
@@ -42,26 +60,19 @@ def denoising_loss(
     autocast: torch.dtype | None = None,
     noise_exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss and the plain squared error [B] of predicting the clean image, one noise level an image.
+    """The weighted loss and the squared error [B] of the U-Net's prediction of the clean image, one noise level each.
 
-    The levels are u^noise_exponent of the schedule's length with u spread evenly over 0..1. What a picture shows is
-    decided where it is mostly noise, so a short training gains from an exponent below 1. The weight is
-    min(1 / sigma^2, largest_weight), never below 1 for the same reason. Noise and levels come from the CPU generator.
+    What a picture shows is decided where it is mostly noise, so a short training gains from a `noise_exponent` (see
+    `noisy_images`) below 1. The weight is min(1 / sigma^2, largest_weight), never below 1 for the same reason.
     """
-    device, count = model.device, len(images)
-    clean = to_latent(images)
-    kept = model.scheduler.alphas_cumprod
-    steps = (torch.arange(count) + torch.rand((), generator=generator)) / count
-    steps = (steps**noise_exponent * len(kept)).long().clamp(max=len(kept) - 1)
-    noise = torch.randn(clean.shape, generator=generator)
-    abar = kept[steps].float().view(-1, 1, 1, 1)
-    noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
-    conditions, clean, noisy = conditions.to(device), clean.to(device), noisy.to(device)
-    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+    clean, noisy, steps = noisy_images(model, images, generator, noise_exponent)
+    conditions = conditions.to(model.device)
+    with torch.autocast(model.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         text = model.embed(model.token_ids(conditions.texts))
-        predicted = model.predict(noisy, steps.to(device), text, conditions)
+        predicted = model.coarse(noisy, steps, text, conditions)[0]
     error = (predicted.float() - clean).square().mean((1, 2, 3))
-    weight = (1 / (1 - kept[steps].float())).clamp(max=largest_weight).to(device)
+    kept = model.scheduler.alphas_cumprod.to(steps.device)[steps].float()
+    weight = (1 / (1 - kept)).clamp(max=largest_weight)
     return (weight * error).mean(), error.detach()
 
 
@@ -86,7 +97,7 @@ class Trainer:
         self.settings, self.device = settings, torch.device(device)
         self.model = (model or ToyboxModel.build(settings.seed)).to(self.device)
         self.model.unet.train()
-        for part in (self.model.text_encoder, self.model.mean_image):
+        for part in (self.model.text_encoder, self.model.mean_image, self.model.refiner):
             part.eval().requires_grad_(False)
         if self.device.type == "cpu":
             _plain_attention(self.model)
@@ -128,12 +139,13 @@ class Trainer:
             torch._foreach_copy_(list(copy.unet.parameters()), self.average)
         copy.text_encoder.load_state_dict(self.model.text_encoder.state_dict())
         copy.mean_image.load_state_dict(self.model.mean_image.state_dict())
+        copy.refiner.load_state_dict(self.model.refiner.state_dict())
         return copy.eval()
 
     def save(self, folder: str | Path) -> None:
         """Writes `checkpoint.pt`; the previous one stays until the new one is complete."""
         content = {
-            "format": 4,
+            "format": 5,
             "settings": asdict(self.settings),
             "channels": list(self.model.unet.config.block_out_channels),
             "steps_done": self.steps_done,
@@ -142,6 +154,7 @@ class Trainer:
             "average": self.average,
             "text_encoder": self.model.text_encoder.state_dict(),
             "mean_image": self.model.mean_image.state_dict(),
+            "refiner": self.model.refiner.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         with atomic_path(Path(folder) / CHECKPOINT) as part:
@@ -158,12 +171,13 @@ class Trainer:
             raise FileNotFoundError(f"folder: {folder} holds no {CHECKPOINT}; start without --resume")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format"] != 4:
-                raise ValueError(f"format {content['format']}, expected 4")
+            if content["format"] != 5:
+                raise ValueError(f"format {content['format']}, expected 5")
             settings = TrainSettings(**content["settings"])
             model = ToyboxModel.build(settings.seed, tuple(content["channels"]))
             model.text_encoder.load_state_dict(content["text_encoder"])
             model.mean_image.load_state_dict(content["mean_image"])
+            model.refiner.load_state_dict(content["refiner"])
             trainer = cls(settings, model, device, autocast)
             with torch.no_grad():
                 for ours, theirs in zip(trainer.model.unet.parameters(), content["weights"], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,15 @@ class TrainSettings:
     front: float = 0.7  # share of front views where the camera is dropped
     overhead: float = 0.12  # where it is given, share drawn from the views from above alone; the others follow the data
     seed: int = 0
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate of step `step` with `progress` in 0..1 of the run behind: warm-up and cosine decay."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        return self.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+    def averaging(self, step: int) -> float:
+        """The share of step `step`'s weights in the averaged ones."""
+        return 1 - min(self.average, (1 + step) / (10 + step))
 
 
 def random_backgrounds(count: int, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,9 @@
 """Trains the refiner of a Toybox model: `python -m text3d_fast.toybox.refine --data DIR --model DIR --out DIR`.
 
 The last part of the training (`guidance.refiner` says what for); the other networks stay as they are. Marks of a few
-pixels tell the sides of some classes apart, so most images are of those classes, and errors count more where the mean
-image has details. Every few minutes, at the end and on Ctrl-C the folder OUT is written; `--model OUT` goes on from it.
+pixels tell the sides of some classes apart, so a part of the steps sees those classes alone, and errors count more
+where the mean image has details. Every few minutes, at the end and on Ctrl-C the folder OUT is written; `--model OUT`
+goes on from it.
 """
 
 from __future__ import annotations
@@ -78,18 +79,15 @@ def train_refiner(
     progress, step, errors = 0.0, 0, []
 
     @torch.no_grad()
-    def save() -> None:
-        live = [p.detach().clone() for p in parameters]
+    def keep_averaged() -> None:
         torch._foreach_copy_(parameters, average)
         if keep:
             keep()
-        torch._foreach_copy_(parameters, live)
 
     try:
         while progress < 1:
-            rate = settings.learning_rate * min(1.0, (step + 1) / settings.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+                group["lr"] = settings.rate(step, progress)
             some = focus if len(focus) and step % FOCUS[1] < FOCUS[0] else data
             loss, *both = refining_loss(model, *training_batch(some, settings, step), settings.noise_exponent)
             if not math.isfinite(float(loss.detach())):
@@ -99,7 +97,7 @@ def train_refiner(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - min(settings.average, (1 + step) / (10 + step)))
+                torch._foreach_lerp_(average, parameters, settings.averaging(step))
             step += 1
             errors = [*errors[-199:], [float(e) for e in both]]
             seconds = time.monotonic() - started
@@ -109,15 +107,15 @@ def train_refiner(
                 report({"step": step, "before": before, "after": after, "seconds": seconds,
                         "remaining": seconds * (1 / progress - 1)})
             if time.monotonic() - saved > 60 * keep_minutes:
-                save()
+                live = [p.detach().clone() for p in parameters]
+                keep_averaged()
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, live)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         print(f"\nstopped at step {step}")
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+    keep_averaged()
     model.refiner.eval()
-    if keep:
-        keep()
 
 
 def main() -> None:

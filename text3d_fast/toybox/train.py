@@ -111,11 +111,9 @@ class Trainer:
     def step(self, data: RenderedImages, progress: float) -> float:
         """One optimizer step; `progress` in 0..1 is the share of the run behind (cosine decay). Returns the loss."""
         s = self.settings
-        warm = min(1.0, (self.steps_done + 1) / s.warmup)
-        rate = s.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = s.rate(self.steps_done, progress)
         images, conditions, generator = training_batch(data, s, self.steps_done)
         loss, _ = denoising_loss(
             self.model, images, conditions, generator, s.largest_weight, self.autocast, s.noise_exponent
@@ -126,9 +124,8 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.unet.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        decay = min(s.average, (1 + self.steps_done) / (10 + self.steps_done))
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, list(self.model.unet.parameters()), 1 - decay)
+            torch._foreach_lerp_(self.average, list(self.model.unet.parameters()), s.averaging(self.steps_done))
         self.steps_done += 1
         return float(loss.detach())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from text3d_fast.guidance.prior import Conditions
-from text3d_fast.pipelines.priors import toybox_weights
+from text3d_fast.pipelines.priors import load_prior, toybox_weights
 from text3d_fast.toybox.batches import TrainSettings, training_batch, training_choice
 from text3d_fast.toybox.captions import view_word, words
 from text3d_fast.toybox.dataset import RenderedImages, render_dataset
@@ -316,3 +316,4 @@ def test_shipped_weights():
     assert (WEIGHTS / "README.md").is_file() and shipped.settings.licence == "CC0-1.0"
     Scorer.load()
     assert toybox_weights() == WEIGHTS  # where `--model toybox` looks
+    assert load_prior(None)[1] == "toybox"  # the default of `generate`

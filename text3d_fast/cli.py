@@ -40,7 +40,7 @@ class Generate:
     """The method; only dreamfusion exists so far."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for
-    the learned built-in one; "analytic" for the exact built-in one, the default."""
+    the learned built-in one, the default; "analytic" for the exact built-in one, which is quicker."""
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Steps of optimization; the default depends on the model."""
     seed: int = 0

@@ -50,7 +50,7 @@ Callback = Callable[[int, StepState], Any]
 class DreamFusion:
     """Text to a mesh by score distillation.
 
-    model     None or "analytic": the exact prior of the Toybox world; "toybox": its learned one; or a folder,
+    model     None or "toybox": the learned prior of the Toybox world; "analytic": its exact one; or a folder,
               a .safetensors file or a hub id of a Stable-Diffusion-class model
     device    "auto", "cpu" or "cuda"
     prior     an own `guidance.Prior` instead of a model

@@ -23,12 +23,11 @@ def toybox_weights() -> Path | None:
 def load_prior(model: str | None, device: torch.device | str = "cpu") -> tuple[Prior, str]:
     """A prior and the name to save for it.
 
-    model: None or "analytic" for the analytic Toybox prior, which stays the default until the learned one passes its
-    gate (toybox/weights/README.md); "toybox" for the learned one; otherwise a folder, a .safetensors file or a hub id
-    for guidance.DiffusionPrior.
+    model: None or "toybox" for the learned Toybox prior; "analytic" for the exact one; otherwise a folder, a
+    .safetensors file or a hub id for guidance.DiffusionPrior.
     """
     if model is None:
-        model = ANALYTIC
+        model = TOYBOX
     if model == ANALYTIC:
         from text3d_fast.toybox.analytic import AnalyticPrior
 

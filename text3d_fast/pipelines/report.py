@@ -28,8 +28,8 @@ def doctor(model: str | None) -> int:
     console.print(f"GPU {gpu()}")
     reason = native.reason_against("cuda")
     console.print("native CUDA kernels: built" if reason is None else f"native CUDA kernels: none, as {reason}")
-    shipped = "shipped (--model toybox)" if toybox_weights() else "not shipped"
-    console.print(f"Toybox model: {shipped}; the default is the analytic prior")
+    shipped = "shipped, the default" if toybox_weights() else "not shipped: use --model analytic"
+    console.print(f"Toybox model: {shipped}")
     table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
     for row in backends.table():
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])

@@ -26,7 +26,7 @@ from .details import detailed
 from .model import UNSHUFFLE, WEIGHTS, ToyboxModel
 from .train import noisy_images
 
-SETTINGS = TrainSettings(learning_rate=1.5e-3, warmup=100, noise_exponent=0.8, overhead=0.2)
+SETTINGS = TrainSettings(learning_rate=1.5e-3, warmup=100, noise_exponent=0.8, overhead=0.3)
 FOCUS = 1, 5  # so many of so many steps see the detailed classes only
 MARGIN = 2  # cells at the border that are left out: hardly anything is drawn there
 MARK_WEIGHT = 5.0

@@ -41,12 +41,7 @@ def flag(name):
 
 
 def isas():
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ["baseline"]
-    # a sanitized build is for this machine's tests alone: what cannot run here is not worth minutes of compiling
-    cpu = Path("/proc/cpuinfo")
-    unseen = flag("TEXT3D_SANITIZE") and cpu.exists() and "avx512f" not in cpu.read_text()
-    return [isa for isa in ISA_FLAGS if not (unseen and isa == "avx512")]
+    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
 
 def find_nvcc():

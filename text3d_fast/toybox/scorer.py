@@ -105,9 +105,9 @@ def judge(scorer: Scorer, images: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return {**right, "all": right["class"] & right["color"] & right["view"]}
 
 
-def _usable(data: RenderedImages) -> np.ndarray:
-    """Rows with one object, shaded: colour and class are there to be seen."""
-    return np.array([k for k, d in enumerate(data.descriptions) if d.base is None and d.style == "shaded"])
+def _usable(data: RenderedImages) -> RenderedImages:
+    """Those with one object, shaded: colour and class are there to be seen."""
+    return data.subset([k for k, d in enumerate(data.descriptions) if d.base is None and d.style == "shaded"])
 
 
 def train_scorer(
@@ -117,9 +117,8 @@ def train_scorer(
 
     A share `overhead` is drawn from the views from above alone: a house or car is hardest to tell there.
     """
-    rows = _usable(data)
-    truth, alike = labels([data.descriptions[k] for k in rows], data.camera[rows]), _alike_table()
-    above = (truth[:, 2] == VIEWS.index("overhead")).nonzero()[:, 0]
+    data = _usable(data)
+    truth, alike, above = labels(data.descriptions, data.camera), _alike_table(), torch.from_numpy(data.overhead)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scorer = Scorer()
@@ -127,12 +126,12 @@ def train_scorer(
     optimizer = torch.optim.AdamW(scorer.parameters(), 2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        pick = torch.randint(len(rows), (batch,), generator=generator)
+        pick = torch.randint(len(data), (batch,), generator=generator)
         if len(above):
             from_above = torch.rand(batch, generator=generator) < overhead
             pick = torch.where(from_above, above[torch.randint(len(above), (batch,), generator=generator)], pick)
         background = random_backgrounds(batch, generator)[:, None, None]
-        images = over(torch.from_numpy(data.images(rows[pick.numpy()])).float() / 255, background)
+        images = over(torch.from_numpy(data.images(pick.numpy())).float() / 255, background)
         scale = 1 + 0.1 * torch.randn(batch, 1, 1, 1, generator=generator)
         noise = 0.08 * torch.rand(batch, 1, 1, 1, generator=generator)
         images = (images * scale + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
@@ -153,15 +152,14 @@ def train_scorer(
 
 def accuracy(scorer: Scorer, data: RenderedImages, seed: int = 1) -> dict[str, float]:
     """Shares of held-out renders (every camera) whose class, colour, view and all three the scorer names rightly."""
-    rows = _usable(data)
-    background = random_backgrounds(len(rows), torch.Generator().manual_seed(seed))[:, None, None]
-    truth = labels([data.descriptions[k] for k in rows], data.camera[rows])
+    data = _usable(data)
+    background = random_backgrounds(len(data), torch.Generator().manual_seed(seed))[:, None, None]
+    truth = labels(data.descriptions, data.camera)
     parts = [
-        judge(scorer, over(torch.from_numpy(data.images(rows[k : k + 256])).float() / 255, background[k : k + 256]),
-              truth[k : k + 256])
-        for k in range(0, len(rows), 256)
+        judge(scorer, over(torch.from_numpy(data.images(rows)).float() / 255, background[rows]), truth[rows])
+        for rows in np.array_split(np.arange(len(data)), -(-len(data) // 256))
     ]
-    return {"count": len(rows), **{name: _share([p[name] for p in parts]) for name in parts[0]}}
+    return {"count": len(data), **{name: _share([p[name] for p in parts]) for name in parts[0]}}
 
 
 def _share(parts: list[Tensor]) -> float:

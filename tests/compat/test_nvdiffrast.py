@@ -10,7 +10,7 @@ import torch
 
 import text3d_fast.compat.nvdiffrast.torch as dr
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 SIGNATURES = {
     "rasterize": "(glctx, pos, tri, resolution, ranges=None, grad_db=True)",

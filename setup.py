@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -160,4 +160,5 @@ def ninja_command():
 
 
 name = "text3d_fast._C_emulated" if flag("TEXT3D_EMULATE") else "text3d_fast._C"
-setup(ext_modules=[Extension(name, sources=[])], cmdclass={"build_ext": NinjaBuild})
+packages = sorted({*find_packages(include=["text3d_fast*"]), "text3d_fast._triton"})  # the last from kernels/triton
+setup(packages=packages, ext_modules=[Extension(name, sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -1,13 +1,19 @@
-"""The wheel holds the extension, the Triton twins and the embedded model, and stays small."""
+"""The wheel holds what the tree holds: every module, the Triton twins, the embedded model and the extension."""
 
 import sys
 import zipfile
+from pathlib import Path
 
 path = sys.argv[1]
-names = zipfile.ZipFile(path).namelist()
-wanted = ["text3d_fast/_C", "text3d_fast/_triton/", "text3d_fast/ops/", "text3d_fast/toybox/weights/"]
-missing = [prefix for prefix in wanted if not any(name.startswith(prefix) for name in names)]
-size = sum(info.compress_size for info in zipfile.ZipFile(path).infolist()) / 2**20
-print(f"{path}: {len(names)} files, {size:.1f} MiB")
-if missing:
-    sys.exit(f"missing from the wheel: {', '.join(missing)}")
+names = {info.filename: info.compress_size for info in zipfile.ZipFile(path).infolist()}
+wanted = {str(file) for file in Path("text3d_fast").rglob("*.py") if "_triton" not in file.parts}
+wanted |= {f"text3d_fast/_triton/{file.name}" for file in Path("kernels/triton").glob("*.py")}
+wanted |= {str(file) for file in Path("text3d_fast/toybox/learned/weights").rglob("*") if file.is_file()}
+wanted |= {"text3d_fast/py.typed"}
+missing = sorted(wanted - set(names))
+if not any(name.startswith("text3d_fast/_C") for name in names):
+    missing.append("text3d_fast/_C")
+extra = sorted(name for name in names if not name.startswith(("text3d_fast/", "text3d_fast-", "text3d_fast.")))
+print(f"{path}: {len(names)} files, {sum(names.values()) / 2**20:.1f} MiB")
+if missing or extra:
+    sys.exit(f"missing from the wheel: {missing}; not of the package: {extra}")

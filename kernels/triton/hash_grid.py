@@ -7,7 +7,7 @@ import torch
 
 import triton
 import triton.language as tl
-from text3d_fast.reference.hash_grid_spec import HashGridSpec
+from text3d_fast.ops.specs import HashGridSpec
 
 BLOCK = 128
 

@@ -13,8 +13,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from .prior import Conditions
-from .schedule import NoiseSchedule
+from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.schedule import NoiseSchedule
 
 
 class GaussianMixture:

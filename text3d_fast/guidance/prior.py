@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule
+from text3d_fast.guidance.schedule import NoiseSchedule
 
 
 @dataclass

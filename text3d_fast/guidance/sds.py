@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .prior import Conditions, Prior
+from text3d_fast.guidance.prior import Conditions, Prior
 
 # name -> w(alpha, sigma). With E over eps of g = w alpha^-1 sigma d/dx KL(q_t || p_t):
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

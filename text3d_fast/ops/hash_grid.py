@@ -6,8 +6,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from text3d_fast import backends, native
 from text3d_fast.ops.checks import require_same_device, require_tensor
 from text3d_fast.ops.registration import define
+from text3d_fast.ops.specs import HashGridSpec
 from text3d_fast.reference import hash_grid as reference
-from text3d_fast.reference.hash_grid_spec import HashGridSpec
 
 __all__ = ["HashGridSpec", "hash_grid", "hash_grid_grad", "hash_grid_vjp"]
 

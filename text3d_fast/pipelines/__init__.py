@@ -6,9 +6,9 @@ Names are imported when they are first used, so that light commands stay light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DreamFusionConfig
-    from .dreamfusion import DreamFusion
-    from .results import Result
+    from text3d_fast.pipelines.config import DreamFusionConfig
+    from text3d_fast.pipelines.dreamfusion import DreamFusion
+    from text3d_fast.pipelines.results import Result
 
 __all__ = ["DreamFusion", "DreamFusionConfig", "Result"]
 

@@ -1,45 +1,18 @@
-"""Files that are either whole or not there, and a training state in one safetensors file."""
+"""A training state in one safetensors file."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from text3d_fast.export import atomic_path
+from text3d_fast.errors import CheckpointError
+from text3d_fast.files import atomic_path
 
 FORMAT = "1"
-
-
-class OutputError(RuntimeError):
-    """Something cannot be written or read; the message says what and why."""
-
-
-class CheckpointError(OutputError):
-    """A checkpoint that is missing, broken or of another run."""
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place when the block ends well.
-
-    Raises OutputError when the disk is full or the folder cannot be written; then `path` is as before.
-    """
-    try:
-        with atomic_path(path) as part:
-            yield part
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_text(path: str | Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -49,7 +22,7 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, An
 
     metadata = {"format": FORMAT, "about": json.dumps(about)}
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         try:
             save_file(whole, part, metadata=metadata)
         except safetensors.SafetensorError as error:  # what a full disk becomes there

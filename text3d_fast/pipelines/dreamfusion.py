@@ -14,17 +14,16 @@ from torch import Tensor
 
 from text3d_fast.guidance import Conditions, Prior, ScoreDistillation, TimeRange
 from text3d_fast.guidance.prompts import ViewPrompts
+from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.priors import canonical_prompt, known_conditions, load_prior
+from text3d_fast.pipelines.recipes import default_config
+from text3d_fast.pipelines.results import Result, finish
+from text3d_fast.pipelines.run_folder import Interrupted, RunFolder, catch_interrupt
+from text3d_fast.pipelines.training import Training
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, thickness_loss
 from text3d_fast.scene.volume_renderer import Rendering
-
-from .config import DreamFusionConfig
-from .priors import canonical_prompt, known_conditions, load_prior
-from .recipes import default_config
-from .results import Result, finish
-from .run_folder import Interrupted, RunFolder, catch_interrupt
-from .training import Training
 
 
 @dataclass

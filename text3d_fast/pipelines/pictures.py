@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from text3d_fast import ops
-from text3d_fast.export import Mesh
-from text3d_fast.export.files import to_bytes
+from text3d_fast.geometry import Mesh
+from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.training import Training
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import headlights
 from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes
-
-from .checkpoint import replacing
-from .config import DreamFusionConfig
-from .training import Training
 
 WHITE = (1.0, 1.0, 1.0)
 VIEW_LABELS = ["front", "45", "left", "135", "back", "225", "right", "315"]
@@ -92,11 +88,3 @@ def views(mesh: Mesh, config: DreamFusionConfig, size: int = 256) -> Tensor:
 def turntable(mesh: Mesh, config: DreamFusionConfig, frames: int = TURNTABLE_FRAMES, size: int = 256) -> Tensor:
     """[frames, size, size, 3] once around."""
     return mesh_views(mesh, config, [360.0 * k / frames for k in range(frames)], size=size)
-
-
-def write_png(path: str | Path, picture: Tensor) -> None:
-    """[H, W, 3] in 0..1, written atomically."""
-    from PIL import Image
-
-    with replacing(path) as part:
-        Image.fromarray(to_bytes(picture)).save(part)

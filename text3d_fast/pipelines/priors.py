@@ -15,7 +15,7 @@ TOYBOX = "toybox"
 
 def toybox_weights() -> Path | None:
     """The folder of the learned Toybox model that ships with the package, None if it does not."""
-    from text3d_fast.toybox.model import WEIGHTS
+    from text3d_fast.toybox.learned import WEIGHTS
 
     return WEIGHTS if (WEIGHTS / "unet" / "config.json").is_file() else None
 
@@ -32,7 +32,7 @@ def load_prior(model: str | None, device: torch.device | str = "cpu") -> tuple[P
         from text3d_fast.toybox.analytic import AnalyticPrior
 
         return AnalyticPrior(), ANALYTIC
-    from text3d_fast.guidance.diffusion import DiffusionPrior
+    from text3d_fast.guidance.models.diffusion import DiffusionPrior
 
     source: Any = model
     if model == TOYBOX:

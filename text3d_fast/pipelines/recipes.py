@@ -5,9 +5,8 @@ from __future__ import annotations
 from text3d_fast.guidance import DiffusionPrior, Prior
 from text3d_fast.guidance.prior import camera_distribution
 from text3d_fast.guidance.recipes import Recipe, choose_recipe
-
-from .config import DreamFusionConfig
-from .priors import ANALYTIC, known_conditions, speaks_toybox
+from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.priors import ANALYTIC, known_conditions, speaks_toybox
 
 
 def default_config(prior: Prior, model: str) -> DreamFusionConfig:

@@ -13,21 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from text3d_fast import export
-
-from .checkpoint import OutputError, write_text
-from .config import DreamFusionConfig
-from .pictures import VIEW_LABELS, mesh_silhouettes, turntable, views, volume_views
-from .run_folder import RunFolder
-from .training import Training
+from text3d_fast import geometry, images
+from text3d_fast.errors import EmptyMesh, OutputError
+from text3d_fast.files import write_text
+from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.pictures import VIEW_LABELS, mesh_silhouettes, turntable, views, volume_views
+from text3d_fast.pipelines.run_folder import RunFolder
+from text3d_fast.pipelines.training import Training
 
 # Shares above which a warning is given.
 FOG = 0.15
 FLOATERS = 0.01
-
-
-class EmptyMesh(RuntimeError):
-    """The field has no surface; nothing was asked too little of it, or the prior never liked anything."""
 
 
 @dataclass
@@ -40,7 +36,7 @@ class Result:
     training  the scene, for further pictures
     """
 
-    mesh: export.Mesh
+    mesh: geometry.Mesh
     views: Tensor
     metrics: dict[str, Any]
     config: DreamFusionConfig
@@ -71,9 +67,9 @@ def finish(training: Training, folder: RunFolder | None) -> Result:
     pictures = views(mesh, config)
     if len(mesh.faces) and folder is not None:
         try:
-            export.write_mesh(folder / "mesh.glb", mesh)
-            export.write_turntable(folder / "turntable.gif", turntable(mesh, config))
-            export.write_views(folder / "views.png", pictures, VIEW_LABELS)
+            geometry.write_mesh(folder / "mesh.glb", mesh)
+            images.write_turntable(folder / "turntable.gif", turntable(mesh, config))
+            images.write_views(folder / "views.png", pictures, VIEW_LABELS)
         except OSError as error:
             raise OutputError(f"cannot write into {folder.path}: {error.strerror or error}") from error
     spent = time.perf_counter() - started
@@ -86,17 +82,17 @@ def finish(training: Training, folder: RunFolder | None) -> Result:
 
 
 @torch.no_grad()
-def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]:
+def extract(training: Training) -> tuple[geometry.Mesh, dict[str, Any], list[str]]:
     """The cleaned, coloured mesh, figures about it, and warnings."""
     field, config = training.field, training.config
-    density = export.averaged_density(training.renderer.visible_density(field), config.sampling.step,
+    density = geometry.averaged_density(training.renderer.visible_density(field), config.sampling.step,
                                       resolution=config.mesh_resolution, device=training.device)
     level, agreement = choose_threshold(training, density)
     if level is None:
         nothing = torch.zeros(0, 3, device=training.device)
-        return export.Mesh(nothing, nothing.int()), {"vertices": 0, "faces": 0}, []
-    mesh, threshold = export.extract_mesh(density, config.mesh_resolution, level, device=training.device)
-    mesh, report = export.clean_mesh(mesh)
+        return geometry.Mesh(nothing, nothing.int()), {"vertices": 0, "faces": 0}, []
+    mesh, threshold = geometry.extract_mesh(density, config.mesh_resolution, level, device=training.device)
+    mesh, report = geometry.clean_mesh(mesh)
     warnings = []
     floaters = [piece for piece in report.dropped if piece.reason != "cavity"]
     area = sum(piece.area for piece in floaters)
@@ -113,9 +109,9 @@ def extract(training: Training) -> tuple[export.Mesh, dict[str, Any], list[str]]
         def albedo(points: Tensor) -> Tensor:
             return field(points).albedo
 
-        mesh.colors = export.sample_colors(albedo, mesh.vertices)
+        mesh.colors = geometry.sample_colors(albedo, mesh.vertices)
         if config.texture:
-            mesh = export.bake_texture(export.unwrap(mesh, config.texture), albedo, config.texture)
+            mesh = geometry.bake_texture(geometry.unwrap(mesh, config.texture), albedo, config.texture)
         low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
         figures["size"] = [round(value, 3) for value in (high - low).tolist()]
     return mesh, figures, warnings
@@ -137,8 +133,8 @@ def choose_threshold(
         return None, 0.0
     level: float | str = "auto"
     for _ in range(8):
-        mesh, used = export.extract_mesh(density, resolution, level, device=training.device)
-        mesh, _ = export.clean_mesh(mesh)
+        mesh, used = geometry.extract_mesh(density, resolution, level, device=training.device)
+        mesh, _ = geometry.clean_mesh(mesh)
         masks = torch.cat([mesh_silhouettes(mesh, training.config, azimuths[k::2], elevations[k], 96) for k in (0, 1)])
         either = (masks | seen).sum()
         agreement = float((masks & seen).sum() / either) if either else 0.0

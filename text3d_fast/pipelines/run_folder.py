@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CheckpointError, OutputError, load_state, replacing, save_state, write_text
-from .config import DreamFusionConfig
-from .training import Training
+from text3d_fast.errors import CheckpointError, OutputError
+from text3d_fast.files import atomic_path, write_text
+from text3d_fast.pipelines.checkpoint import load_state, save_state
+from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.training import Training
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
@@ -53,7 +55,7 @@ class RunFolder:
             except OSError as error:
                 raise OutputError(f"cannot make the folder {self.path}: {error.strerror or error}") from error
             write_text(self / CONFIG, config.to_yaml())
-        with replacing(self / ".probe") as part:  # says now, not after the first hundred steps
+        with atomic_path(self / ".probe") as part:  # says now, not after the first hundred steps
             part.write_bytes(b"x")
         (self / ".probe").unlink()
         return config
@@ -97,7 +99,8 @@ class RunFolder:
         if force or step % config.checkpoint_every == 0 or step == config.steps:
             self.save(training)
         if step % config.preview_every == 0 and step < config.steps:
-            from .pictures import preview, write_png
+            from text3d_fast.images import write_png
+            from text3d_fast.pipelines.pictures import preview
 
             write_png(self / PREVIEW, preview(training))
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from text3d_fast import ops
+from text3d_fast.errors import CheckpointError
 from text3d_fast.nn import OccupancyGrid
+from text3d_fast.pipelines.checkpoint import optimizer_tensors, restore_optimizer
+from text3d_fast.pipelines.config import DreamFusionConfig
 from text3d_fast.scene.background import BackgroundNetwork
 from text3d_fast.scene.field import Blob, RadianceField, levels_at
 from text3d_fast.scene.volume_renderer import VolumeRenderer
-
-from .checkpoint import CheckpointError, optimizer_tensors, restore_optimizer
-from .config import DreamFusionConfig
 
 
 class Training:

@@ -1,11 +1,15 @@
 """The multiresolution hash grid in plain torch: the oracle for `ops.hash_grid`."""
 
+from __future__ import annotations
+
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from text3d_fast.reference.hash_grid_spec import PRIMES, HashGridSpec
+if TYPE_CHECKING:
+    from text3d_fast.ops.specs import HashGridSpec
 
 _UINT32 = 0xFFFFFFFF
 
@@ -71,7 +75,7 @@ def _index(cell: torch.Tensor, corner: tuple[int, ...], spec: HashGridSpec, leve
     for d in range(spec.dim):
         vertex = (cell[:, d] + corner[d]) & _UINT32
         if spec.level_hashed[level]:
-            index = index ^ (vertex * PRIMES[d])
+            index = index ^ (vertex * spec.level_factors(level)[d])
         else:
             index = index + vertex * spec.level_strides[level][d]
     return (index & _UINT32) % count

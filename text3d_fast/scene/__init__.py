@@ -1,12 +1,12 @@
 """Scenes: cameras, lights, shading, the radiance field, the background and the renderer."""
 
-from .background import BackgroundNetwork, random_background
-from .cameras import CameraDistribution, Cameras
-from .field import Blob, FieldSample, RadianceField
-from .lights import LightDistribution, Lights, headlights
-from .regularizers import entropy_loss, opacity_loss, orientation_loss, thickness_loss
-from .shading import ShadingSchedule, shade
-from .volume_renderer import Rendering, VolumeRenderer
+from text3d_fast.scene.background import BackgroundNetwork, random_background
+from text3d_fast.scene.cameras import CameraDistribution, Cameras
+from text3d_fast.scene.field import Blob, FieldSample, RadianceField
+from text3d_fast.scene.lights import LightDistribution, Lights, headlights
+from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, orientation_loss, thickness_loss
+from text3d_fast.scene.shading import ShadingSchedule, shade
+from text3d_fast.scene.volume_renderer import Rendering, VolumeRenderer
 
 __all__ = [
     "BackgroundNetwork",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cameras import Cameras
+from text3d_fast.scene.cameras import Cameras
 
 # DreamFusion's cameras stand 1 to 1.5 from the origin; its light distances are in the same units.
 _PAPER_DISTANCE = 1.25

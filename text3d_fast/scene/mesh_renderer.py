@@ -11,16 +11,15 @@ from torch import Tensor
 
 from text3d_fast import ops
 from text3d_fast.reference.rasterize import decode_triangle_ids, encode_triangle_ids
-
-from .cameras import Cameras
-from .lights import Lights
-from .shading import shade
+from text3d_fast.scene.cameras import Cameras
+from text3d_fast.scene.lights import Lights
+from text3d_fast.scene.shading import shade
 
 PLAIN = 0.75  # grey of a mesh that has no colours
 
 
 class TexturedMesh(Protocol):
-    """What is rendered, for example `export.Mesh`: vertices [V, 3], faces int [F, 3]; the rest may be None."""
+    """What is rendered, for example `geometry.Mesh`: vertices [V, 3], faces int [F, 3]; the rest may be None."""
 
     vertices: Tensor
     faces: Tensor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lights import Lights
+from text3d_fast.scene.lights import Lights
 
 MODES = ("albedo", "lambertian", "textureless")
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from text3d_fast import ops
 from text3d_fast.nn import OccupancyGrid
-
-from .cameras import Cameras
-from .field import RadianceField
-from .lights import Lights
-from .regularizers import orientation_loss
-from .shading import shade
+from text3d_fast.scene.cameras import Cameras
+from text3d_fast.scene.field import RadianceField
+from text3d_fast.scene.lights import Lights
+from text3d_fast.scene.regularizers import orientation_loss
+from text3d_fast.scene.shading import shade
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Toybox: a small procedural world with known 3D truth, for trying, testing and judging text-to-3D offline."""
 
-from .captions import PromptError, canonical, caption, parse, training_caption, view_word, vocabulary
-from .scenes import Description, Scene, Thing, build_scene, random_description, sample_parameters
+from text3d_fast.toybox.captions import PromptError, canonical, caption, parse, training_caption, view_word, vocabulary
+from text3d_fast.toybox.scenes import Description, Scene, Thing, build_scene, random_description, sample_parameters
 
 __all__ = [
     "Description",

@@ -17,11 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..guidance.prior import Conditions
-from ..guidance.schedule import NoiseSchedule
-from .bank import Bank, angles_between, caption_bank, empty_bank, even_cameras
-from .captions import caption, parse, view_word
-from .scenes import Description
+from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.schedule import NoiseSchedule
+from text3d_fast.toybox.bank import Bank, angles_between, caption_bank, empty_bank, even_cameras
+from text3d_fast.toybox.captions import caption, parse, view_word
+from text3d_fast.toybox.scenes import Description
 
 
 class AnalyticPrior:

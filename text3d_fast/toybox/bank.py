@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..export import atomic_path
-from .captions import caption
-from .objects import CLASSES, COLORS
-from .render import random_light, shade, trace
-from .scenes import Description, Scene, Thing, build_scene, middle_parameters, sample_parameters
+from text3d_fast.files import atomic_path
+from text3d_fast.toybox.captions import caption
+from text3d_fast.toybox.objects import CLASSES, COLORS
+from text3d_fast.toybox.render import random_light, shade, trace
+from text3d_fast.toybox.scenes import Description, Scene, Thing, build_scene, middle_parameters, sample_parameters
 
 VERSION = 3  # of scenes and renderer: older banks on disk are not read
 

@@ -12,8 +12,8 @@ import re
 
 import torch
 
-from .objects import CLASSES, COLORS, PATTERNS
-from .scenes import SIZES, VIEWS, Description, Thing
+from text3d_fast.toybox.objects import CLASSES, COLORS, PATTERNS
+from text3d_fast.toybox.scenes import SIZES, VIEWS, Description, Thing
 
 _USUAL = "red blue orange purple green red blue red red green white red yellow blue green red"
 DEFAULT_COLORS = dict(zip(CLASSES, _USUAL.split(), strict=True))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import shapes as s
-from .shapes import Solid
+from text3d_fast.toybox import shapes as s
+from text3d_fast.toybox.shapes import Solid
 
 Paint = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""Renders Toybox scenes by sphere tracing, and writes datasets: `python -m text3d_fast.toybox.render --out DIR`.
+"""Renders Toybox scenes by sphere tracing.
 
 `trace` finds the surface seen by every sub-pixel, `shade` turns it into images: shaded (ambient + Lambertian point
 light), textureless (the same on white) or a normal map. Images are premultiplied rgb and alpha, row 0 at the top.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .scenes import Scene
+from text3d_fast.toybox.scenes import Scene
 
 FOV_Y = math.radians(40.0)
 _BLOCK = 4  # sub-pixels a side that share the first, coarse march
@@ -218,9 +218,3 @@ def render(
 def over(image: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
     """Premultiplied images [..., H, W, 4] over background colours broadcastable to [..., H, W, 3]."""
     return image[..., :3] + (1 - image[..., 3:]) * background
-
-
-if __name__ == "__main__":
-    from .dataset import main
-
-    main()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from .objects import CLASSES, COLORS, PATTERNS, Palette, Part
+from text3d_fast.toybox.objects import CLASSES, COLORS, PATTERNS, Palette, Part
 
 SCENE_RADIUS = 0.8
 SIZES = ("small", "tall")
@@ -150,7 +150,7 @@ class Scene:
 
         Marching tetrahedra on a Kuhn grid of `resolution` cells a side over [-1, 1]^3.
         """
-        from ..ops import TetGrid, marching_tets
+        from text3d_fast.ops import TetGrid, marching_tets
 
         grid = TetGrid.kuhn(resolution)
         inside = torch.cat([-self.sdf(points) for points in grid.positions.split(1 << 17)])

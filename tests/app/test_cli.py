@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from red_ball import TINY, RedBall
+
+from text3d_fast.app import cli
+
+SMALL = ["--set", *(f"{name}={list(value) if isinstance(value, tuple) else value}"
+                    for name, value in (TINY | {"steps": 3}).items())]
+
+
+@pytest.fixture
+def red_ball(monkeypatch):
+    """`generate` with a prior that costs nothing."""
+    from text3d_fast.pipelines import dreamfusion, pictures, results
+
+    monkeypatch.setattr(dreamfusion, "load_prior", lambda model, device: (RedBall(), model or "red ball"))
+    def choose(training, density):
+        return (None, 0.0) if training.config.field.sharpness < 1e-3 else ("auto", 1.0)
+
+    monkeypatch.setattr(results, "choose_threshold", choose)
+    monkeypatch.setattr(results, "views", lambda mesh, config: pictures.views(mesh, config, size=8))
+    monkeypatch.setattr(results, "turntable", lambda mesh, config: pictures.turntable(mesh, config, 2, size=8))
+
+
+def test_help_teaches_and_is_fast():
+    times = []
+    for words in (["--help"], ["generate", "--help"]):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "text3d_fast", *words], capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert "Ctrl-C saves" in done.stdout and "--resume" in done.stdout and "analytic" in done.stdout
+    assert "torch" not in subprocess.run(
+        [sys.executable, "-c", "import sys, text3d_fast.app.cli; print(*sys.modules)"], capture_output=True, text=True
+    ).stdout.split()
+    assert min(times) < 5  # well below 1 s on an idle machine
+
+
+def test_generate_writes_everything_and_says_so(red_ball, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["generate", "a ball", "--out", str(out), *SMALL]) == 0
+    assert {"mesh.glb", "turntable.gif", "views.png", "result.json", "config.yaml", "checkpoint.safetensors"} <= {
+        path.name for path in out.iterdir()}
+    assert "done in" in capsys.readouterr().err
+    # again: refused; with --resume: nothing left to do but to write the results
+    assert cli.main(["generate", "a ball", "--out", str(out), *SMALL]) == cli.USER_ERROR
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(["generate", "a ball", "--out", str(out), "--resume", *SMALL]) == 0
+
+
+def test_ctrl_c_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
+    from text3d_fast.app import progress
+
+    def press(self, step, state):
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(progress.Progress, "step", press)
+    status = cli.main(["generate", "a ball", "--seed", "4", "--out", str(tmp_path / "run"), "--no-camera", *SMALL])
+    assert status == cli.INTERRUPTED
+    message = capsys.readouterr().err
+    assert "after step 1" in message and "text3d-fast generate 'a ball' --resume" in message
+    assert "--seed 4" in message and "--no-camera" in message and "--set" in message
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+
+
+def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
+    def press(training, density):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("text3d_fast.pipelines.results.choose_threshold", press)
+    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == cli.INTERRUPTED
+    assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
+
+
+def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
+    words = ["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL, "field.sharpness=1e-9"]
+    assert cli.main(words) == cli.EMPTY_MESH
+    assert "empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["a red mugg", "--model", "analytic"], "did you mean 'mug'"),
+    (["a red mugg", "--model", "analytic"], "objects: ball, cube"),
+    (["a red mug", "--pipeline", "magic3d"], "magic3d does not exist yet"),
+    (["a red mug", "--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
+    (["a red mug", "--model", "analytic", "--set", "guidance.weigth=3"], "guidance.weigth"),
+    (["a red mug", "--model", "analytic", "--set", "nonsense"], "NAME=VALUE"),
+    (["a red mug", "--model", "analytic", "--steps", "0"], "--steps"),
+])
+def test_mistakes_are_explained(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", *words]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_default_folders(tmp_path):
+    def folder(resume):
+        return cli.default_folder("A red Mug!", resume, tmp_path)
+
+    assert folder(False) == folder(True) == tmp_path / "a-red-mug"
+    folder(False).mkdir()
+    assert folder(False) == tmp_path / "a-red-mug-2" and folder(True) == tmp_path / "a-red-mug"
+
+
+def test_doctor_shows_every_op(capsys, monkeypatch):
+    from text3d_fast import backends
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "torch" in shown and "composite" in shown and len(backends.table()) >= 6
+    assert "GPU none" in shown and {row["device"] for row in backends.table()} == {"cpu"}
+    assert cli.main(["doctor", "--model", "no/such/folder/anywhere"]) == cli.USER_ERROR
+
+
+def test_bench_runs_what_is_named(monkeypatch, capfd):
+    monkeypatch.setenv("TEXT3D_BENCH_POINTS", "256")
+    monkeypatch.setenv("TEXT3D_BENCH_ROUNDS", "1")
+    assert cli.main(["bench", "--only", "L8F4T19-rays-forward-ours-fp16"]) == 0
+    assert "1 passed" in capfd.readouterr().out
+    assert cli.main(["bench", "--only", "nonesuch"]) == cli.USER_ERROR
+    assert "nonesuch" in capfd.readouterr().err
+
+
+def test_benchmark_table(tmp_path):
+    stats = {"min": 1.0, "median": 2.0, "mean": 2.5, "stddev": 0.1, "rounds": 3}
+    (tmp_path / "b.json").write_text(json.dumps({"benchmarks": [{"name": "n", "group": "g", "stats": stats}]}))
+    cli.write_benchmark_csv(tmp_path / "b.json", tmp_path / "b.csv")
+    assert (tmp_path / "b.csv").read_text().splitlines()[1] == "n,g,1.0,2.0,2.5,0.1,3"

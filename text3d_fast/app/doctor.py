@@ -1,0 +1,69 @@
+"""What `doctor` prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from text3d_fast import backends, native
+from text3d_fast.pipelines.priors import ANALYTIC, TOYBOX, toybox_weights
+from text3d_fast.pipelines.results import versions
+
+
+def doctor(model: str | None) -> int:
+    """Print versions, hardware and the table of ops; describe a model. Returns the exit status."""
+    import text3d_fast.geometry
+    import text3d_fast.nn
+    import text3d_fast.ops  # noqa: F401  (registers every op)
+
+    console = Console()
+    found = "  ".join(f"{name} {version}" for name, version in versions().items())
+    console.print(found, highlight=False)
+    console.print(f"CPU {platform.machine()}, {os.cpu_count()} cores, native code for {native.cpu_isa() or 'none'}")
+    console.print(f"GPU {gpu()}")
+    reason = native.reason_against("cuda")
+    console.print("native CUDA kernels: built" if reason is None else f"native CUDA kernels: none, as {reason}")
+    shipped = "shipped, the default" if toybox_weights() else "not shipped: use --model analytic"
+    console.print(f"Toybox model: {shipped}")
+    table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
+    for row in backends.table():
+        table.add_row(row["op"], row["device"], row["served by"], row["why not others"])
+    console.print(table)
+    return 0 if model is None else describe(model, console)
+
+
+def gpu() -> str:
+    """The CUDA device's name, or why there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cause = "this torch is built for CPUs" if torch.version.cuda is None else "torch sees no CUDA device"
+    return f"none: {cause}; everything runs on the CPU"
+
+
+def describe(model: str, console: Console) -> int:
+    """Print what is known of a model without loading its weights."""
+    from text3d_fast.errors import ModelError
+    from text3d_fast.guidance.models.folder import open_model
+
+    if model == ANALYTIC:
+        console.print("analytic: the exact denoiser of Toybox renders; 64 x 64 pixels; text, camera, background; CC0")
+        return 0
+    source = toybox_weights() if model == TOYBOX else model
+    try:
+        if source is None:
+            raise ModelError("no Toybox weights ship with this copy of the package")
+        content = open_model(source, dtype=torch.float16).describe()
+    except (ModelError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False)
+        return 2
+    table = Table("property", "value", title=str(model))
+    for name, value in content.items():
+        if name.startswith("memory"):
+            value = f"{value / 2**30:.2f} GiB of weights"
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    return 0

@@ -1,0 +1,19 @@
+"""The errors that users meet; their messages say what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """A model that is missing, broken or of an unsupported kind."""
+
+
+class OutputError(OSError):
+    """Something cannot be written or read: a full disk, a folder of somebody else's, a damaged file."""
+
+
+class CheckpointError(OutputError):
+    """A checkpoint that is missing, broken or of another run."""
+
+
+class EmptyMesh(RuntimeError):
+    """The scene has no surface: too little was asked of it, or the prior never liked anything."""

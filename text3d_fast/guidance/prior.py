@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,8 @@ class Conditions:
     texts        B strings; "" is the empty prompt (unconditional)
     camera       [B, 3] elevation (radians), azimuth (radians), distance; a row of NaN is dropped; None drops all
     background   [B, 3] rgb in 0..1; a row of NaN is dropped; None drops all
+    pose         [B, 4, 4] camera to world; a row of NaN is dropped; None drops all. Where `camera` says from which side
+                 an object is seen, this is the whole camera: what a learned score of the rendered images is given
 
     A prior that does not know a condition ignores it.
     """
@@ -26,15 +28,16 @@ class Conditions:
     texts: list[str]
     camera: Tensor | None = None
     background: Tensor | None = None
+    pose: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):
             raise TypeError("texts: expected a list of strings, one per image, got one string")
         self.texts = list(self.texts)
-        for name in ("camera", "background"):
-            value = getattr(self, name)
-            if value is not None and tuple(value.shape) != (len(self.texts), 3):
-                raise ValueError(f"{name}: expected shape [{len(self.texts)}, 3], got {list(value.shape)}")
+        for name, size in _SIZES.items():
+            value, shape = getattr(self, name), [len(self.texts), *size]
+            if value is not None and list(value.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -48,21 +51,22 @@ class Conditions:
             [""] * len(self),
             self.camera if keep_camera else None,
             self.background if keep_background else None,
+            self.pose if keep_camera else None,
         )
+
+    def with_texts(self, texts: list[str]) -> Conditions:
+        """The same conditions with other texts."""
+        return replace(self, texts=texts)
 
     def to(self, device: torch.device | str) -> Conditions:
-        return Conditions(
-            self.texts,
-            None if self.camera is None else self.camera.to(device),
-            None if self.background is None else self.background.to(device),
-        )
+        return self._map(self.texts, lambda value: value.to(device))
 
     def __getitem__(self, rows: slice) -> Conditions:
-        return Conditions(
-            self.texts[rows],
-            None if self.camera is None else self.camera[rows],
-            None if self.background is None else self.background[rows],
-        )
+        return self._map(self.texts[rows], lambda value: value[rows])
+
+    def _map(self, texts: list[str], function: Callable[[Tensor], Tensor]) -> Conditions:
+        values = {name: getattr(self, name) for name in _SIZES}
+        return Conditions(texts, **{name: None if value is None else function(value) for name, value in values.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Conditions]) -> Conditions:
@@ -75,13 +79,16 @@ class Conditions:
             known = next((value for value in values if value is not None), None)
             if known is None:
                 return None
-            dropped = known.new_full((1, 3), torch.nan)
+            dropped = known.new_full((1, *_SIZES[name]), torch.nan)
             return torch.cat([
-                dropped.expand(len(part), 3) if value is None else value.to(known)
+                dropped.expand(len(part), *_SIZES[name]) if value is None else value.to(known)
                 for part, value in zip(parts, values, strict=True)
             ])
 
-        return Conditions([text for part in parts for text in part.texts], join("camera"), join("background"))
+        return Conditions([text for part in parts for text in part.texts], **{name: join(name) for name in _SIZES})
+
+
+_SIZES = {"camera": (3,), "background": (3,), "pose": (4, 4)}  # of one row
 
 
 @runtime_checkable

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from text3d_fast.guidance.distillation import TimeRange
 from text3d_fast.guidance.models.diffusion import DiffusionPrior
 from text3d_fast.guidance.prior import Prior, camera_distribution
 from text3d_fast.guidance.prompts import ViewPrompts
-from text3d_fast.guidance.sds import TimeRange
 
 _CAMERAS = {"elevation": (-10.0, 80.0), "azimuth": (0.0, 360.0), "distance": (2.5, 3.0), "fov_y": (35.0, 50.0)}
 

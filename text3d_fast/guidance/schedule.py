@@ -126,6 +126,17 @@ class NoiseSchedule:
         alpha, sigma = self._like(x, t)
         return alpha * x + sigma * noise
 
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, kind: str) -> Tensor:
+        """What a network of `kind` is trained to predict from x_t = alpha x + sigma eps. x, noise [B, ...], t [B]."""
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return x
+        if kind == "v_prediction":
+            alpha, sigma = self._like(x, t)
+            return alpha * noise - sigma * x
+        raise _unknown_kind(kind)
+
     def to_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
         """eps from a prediction of `kind` ("epsilon", "v_prediction" or "sample"). prediction, x_t [B, ...], t [B]."""
         if kind == "epsilon":

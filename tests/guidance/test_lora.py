@@ -171,7 +171,7 @@ def test_a_half_precision_base_keeps_fp32_adapters(folder):
         loss = vsd.train_score_encoded(x, conditions, torch.Generator().manual_seed(0))
         result = vsd.from_encoded(x, conditions, generator=torch.Generator().manual_seed(0))
     assert bool(loss.isfinite()) and int(result.skipped) == 0 and result.gradient.dtype == torch.float32
-    assert all(float(layer["B"].weight.abs().max()) > 0 for layer in lora.module["layers"].values())
+    assert all(bool(layer["B"].weight.any()) for layer in lora.module["layers"].values())
 
 
 def test_an_eps_prior_beside_a_lora_that_predicts_v(prior, tmp_path):

@@ -110,12 +110,12 @@ def test_one_call_gives_what_separate_calls_give(prior, guidance):
     lora = LoraPrior(prior)
     shake(lora)
     x, _, conditions = sample()
-    calls = []
+    calls, negatives = [], {"a red mug": {"a blue mug": 0.5}}
     counted = lora._adapted.unet.register_forward_hook(lambda *_: calls.append("score"))
     base = prior.unet.register_forward_hook(lambda *_: calls.append("prior"))
     gradients = {}
     for mode in ("separate", "together"):
-        vsd = VariationalScoreDistillation(prior, lora, guidance, calls=mode, score_prompt="a mug")
+        vsd = VariationalScoreDistillation(prior, lora, guidance, calls=mode, score_prompt="a mug", perp_neg=negatives)
         gradients[mode] = vsd.from_encoded(x, conditions, generator=torch.Generator().manual_seed(1)).gradient
     counted.remove()
     base.remove()

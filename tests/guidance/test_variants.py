@@ -88,3 +88,28 @@ def test_every_one_is_called_alike_and_goes_to_the_text(name):
     result.loss.backward()
     torch.testing.assert_close(images.grad, result.gradient / count)
     assert float(images.grad.mean()) < 0 and int(result.skipped) == 0
+
+
+def test_perp_neg_leaves_what_the_text_and_the_negative_share():
+    prior = MixturePrior(
+        GaussianMixture([[2.0, 0.0], [2.0, 1.5], [-1.0, -1.0]], 0.5), (2, 1, 1),
+        {"front": [0], "back": [1], "no": [2]},
+    )
+    x, noise = torch.randn(2, 3, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+    conditions = Conditions(["front", "front", "back"])
+    negatives = {"front": {"back": 0.8, "no": 0.3}}
+    given, _ = DISTILLATIONS["sds"](prior, 4.0, "uniform", perp_neg=negatives).gradient(x, t, noise, conditions)
+    plain, _ = DISTILLATIONS["sds"](prior, 4.0, "uniform").gradient(x, t, noise, conditions)
+    x_t = prior.schedule.add_noise(x, noise, t)
+    front, back, no, empty = (prior.predict_noise(x_t, t, Conditions([name] * 3)).flatten(1)
+                              for name in ("front", "back", "no", ""))
+    expected = plain.flatten(1).clone()
+    for row in range(2):
+        towards = front[row] - empty[row]
+        for other, amount in ((back, 0.8), (no, 0.3)):
+            away = other[row] - empty[row]
+            expected[row] -= 5 * amount * (away - (away @ towards) / (towards @ towards) * towards)
+    torch.testing.assert_close(given.flatten(1), expected)  # and the third row, without negatives, as before
+    unguided = DISTILLATIONS["sds"](prior, 0.0, "uniform", perp_neg=negatives).gradient(x, t, noise, conditions)[0]
+    torch.testing.assert_close(unguided, prior.predict_noise(x_t, t, conditions) - noise)

@@ -10,8 +10,9 @@ variants.py say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -107,12 +108,24 @@ def guidance_sides(conditions: Conditions, unconditional: Conditions, weight: fl
     return [conditions] if weight == 0 else [unconditional] if weight == -1 else [conditions, unconditional]
 
 
-def guide(predicted: Sequence[Tensor], weight: float) -> Tensor:
-    """(1 + weight) conditional - weight unconditional, from the predictions for `guidance_sides`."""
+def guide(predicted: Sequence[Tensor], weight: float, amounts: Sequence[Tensor] = ()) -> Tensor:
+    """(1 + weight) conditional - weight unconditional, from the predictions for `guidance_sides`.
+
+    Perp-Neg (Armandpour et al., 2023): further predictions, one for each of `amounts` [B, 1, ...], are negative
+    prompts; of each one's difference to the unconditional side, the part perpendicular to the text's own is
+    subtracted, amount (1 + weight) times. What a negative prompt has in common with the text is so left alone.
+    """
     if len(predicted) == 1:
         return predicted[0]
-    conditional, unconditional = predicted
-    return conditional + weight * (conditional - unconditional)
+    conditional, unconditional, *negatives = predicted
+    towards = conditional - unconditional
+    guided = conditional + weight * towards
+    image = tuple(range(1, towards.ndim))
+    for negative, amount in zip(negatives, amounts, strict=True):
+        away = negative - unconditional
+        along = (away * towards).sum(image, keepdim=True) / towards.square().sum(image, keepdim=True).clamp(min=1e-12)
+        guided = guided - (1 + weight) * amount.to(away) * (away - along * towards)
+    return guided
 
 
 def guided_noise(
@@ -188,6 +201,8 @@ class DistillationLoss:
     time_range             TimeRange, or (low, high)
     clip                   largest root mean square of one image's gradient; larger ones are scaled down to it
     negative_prompt        the text of the unconditional half, "" by default
+    perp_neg               for a text, negative prompts with their amounts: {"a mug, back view": {"a mug, front view":
+                           1.0}}; see `guide`. Each is one more row of the prior; texts not listed have none
     guide_camera,          whether guidance also amplifies the camera and the background (drops them in the
       guide_background     unconditional half) or only the text
     """
@@ -200,6 +215,7 @@ class DistillationLoss:
         time_range: TimeRange | tuple[float, float] = (0.02, 0.98),
         clip: float | None = None,
         negative_prompt: str = "",
+        perp_neg: Mapping[str, Mapping[str, float]] | None = None,
         guide_camera: bool = False,
         guide_background: bool = False,
     ):
@@ -215,6 +231,7 @@ class DistillationLoss:
         self.time_range = time_range if isinstance(time_range, TimeRange) else TimeRange(*time_range)
         self.clip = clip
         self.negative_prompt = negative_prompt
+        self.perp_neg = perp_neg or {}
         self.guide_camera = guide_camera
         self.guide_background = guide_background
 
@@ -223,6 +240,22 @@ class DistillationLoss:
         empty = conditions.unconditional(not self.guide_camera, not self.guide_background)
         empty.texts = [self.negative_prompt] * len(empty)
         return empty
+
+    def sides(self, conditions: Conditions, guidance: float) -> tuple[list[Conditions], list[Tensor]]:
+        """The conditions that guidance of these looks at, and the amounts of the negative prompts among them."""
+        sides = guidance_sides(conditions, self.unconditional(conditions), guidance)
+        amounts = []
+        rows = [list(self.perp_neg.get(text, {}).items()) for text in conditions.texts]
+        if len(sides) == 2:
+            for column in zip_longest(*rows, fillvalue=(self.negative_prompt, 0.0)):
+                sides.append(conditions.with_texts([text for text, _ in column]))
+                amounts.append(torch.tensor([amount for _, amount in column]).reshape(-1, 1, 1, 1))
+        return sides, amounts
+
+    def guided(self, x_t: Tensor, t: Tensor, conditions: Conditions, guidance: float) -> Tensor:
+        """eps_hat: the prior's prediction, guided, [B, C, h, w]."""
+        sides, amounts = self.sides(conditions, guidance)
+        return guide(predict_noises(self.prior, x_t, t, sides), guidance, amounts)
 
     def __call__(
         self,

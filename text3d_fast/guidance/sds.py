@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from text3d_fast.guidance.distillation import DistillationLoss, full_precision, guided_noise
+from text3d_fast.guidance.distillation import DistillationLoss, full_precision
 from text3d_fast.guidance.prior import Conditions, Prior
 
 
@@ -33,7 +33,7 @@ class ScoreDistillation(DistillationLoss):
 
     def residual(self, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, guidance: float) -> Tensor:
         x_t = self.prior.schedule.add_noise(x, noise, t)
-        return guided_noise(self.prior, x_t, t, conditions, guidance, self.unconditional(conditions)) - noise
+        return self.guided(x_t, t, conditions, guidance) - noise
 
     def gradient(
         self, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, progress: float = 0.0

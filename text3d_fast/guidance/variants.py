@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from text3d_fast.guidance.distillation import DistillationLoss, guided_noise, predict_noises
+from text3d_fast.guidance.distillation import DistillationLoss, predict_noises
 from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.sds import ScoreDistillation
 from text3d_fast.guidance.vsd import VariationalScoreDistillation
@@ -84,7 +84,7 @@ class IntervalScoreMatching(DistillationLoss):
             clean = schedule.to_sample(predicted, x_s, now, "epsilon")
             x_s = schedule.add_noise(clean, predicted, then)
         # the last prediction was made at x_s, and x_s is x_t by now
-        return guided_noise(self.prior, x_s, t, conditions, guidance, empty) - predicted
+        return self.guided(x_s, t, conditions, guidance) - predicted
 
 
 # name -> class; all are called alike. "vsd" takes its second score after the prior

@@ -22,7 +22,6 @@ from text3d_fast.guidance.distillation import (
     TimeRange,
     draw,
     full_precision,
-    guidance_sides,
     guide,
     predict_noises,
 )
@@ -137,11 +136,11 @@ class VariationalScoreDistillation(DistillationLoss):
         """See DistillationLoss."""
         x_t = self.prior.schedule.add_noise(x, noise, t)
         own = self._score_conditions(conditions)
-        sides = guidance_sides(conditions, self.unconditional(conditions), guidance)
         if self.calls == "together":
+            sides, amounts = self.sides(conditions, guidance)
             *predicted, second = self._together(x_t, t, [*sides, own])
-            return guide(predicted, guidance) - second
-        predicted = predict_noises(self.prior, x_t, t, sides)
+            return guide(predicted, guidance, amounts) - second
+        guided = self.guided(x_t, t, conditions, guidance)
         if self.calls == "reused":
             with torch.enable_grad():
                 prediction = self.score.predict(x_t, t, own)
@@ -149,7 +148,7 @@ class VariationalScoreDistillation(DistillationLoss):
             second = self.score.schedule.to_noise(prediction.detach(), x_t, t, self.score.prediction_type)
         else:
             (second,) = predict_noises(self.score, x_t, t, [own])
-        return guide(predicted, guidance) - full_precision(second)
+        return guided - full_precision(second)
 
     def train_score(
         self, images: Tensor, conditions: Conditions, generator: torch.Generator | None = None

@@ -2,5 +2,6 @@
 
 from text3d_fast.nn.hash_grid import HashGrid
 from text3d_fast.nn.occupancy import OccupancyGrid
+from text3d_fast.nn.tet_grid import DeformableTetGrid
 
-__all__ = ["HashGrid", "OccupancyGrid"]
+__all__ = ["DeformableTetGrid", "HashGrid", "OccupancyGrid"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ class Cameras:
     fov_y            [B] vertical field of view, radians
     height, width    pixels
     elevation, azimuth, distance   [B], radians and world units, where the camera was placed on a sphere; None otherwise
+    window           [B, 3] (x, y, size) of the part of the picture that is shown, None: all of it. The whole picture is
+                     -1..1 in x (right) and y (up), a window reaches `size` to each side of (x, y): (0, 0, 1) is
+                     everything, (0, 0, 0.5) a focal length twice as long, (0.5, 0.5, 0.5) the upper right quarter
     """
 
     camera_to_world: Tensor
@@ -31,6 +34,7 @@ class Cameras:
     elevation: Tensor | None = None
     azimuth: Tensor | None = None
     distance: Tensor | None = None
+    window: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.camera_to_world.ndim != 3 or tuple(self.camera_to_world.shape[1:]) != (4, 4):
@@ -40,6 +44,8 @@ class Cameras:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != (count,):
                 raise ValueError(f"{name}: expected shape [{count}], got {list(value.shape)}")
+        if self.window is not None and tuple(self.window.shape) != (count, 3):
+            raise ValueError(f"window: expected shape [{count}, 3], got {list(self.window.shape)}")
         if self.height < 1 or self.width < 1:
             raise ValueError(f"height, width: expected positive sizes, got {self.height}, {self.width}")
 
@@ -72,14 +78,20 @@ class Cameras:
         return self._map(lambda value: value.to(device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Cameras:
-        fields = (self.camera_to_world, self.fov_y, self.elevation, self.azimuth, self.distance)
+        fields = (self.camera_to_world, self.fov_y, self.elevation, self.azimuth, self.distance, self.window)
         matrix, fov_y, *known = (None if value is None else function(value) for value in fields)
         return Cameras(matrix, fov_y, self.height, self.width, *known)
 
     def resized(self, height: int, width: int | None = None) -> Cameras:
         """The same cameras with another number of pixels (width defaults to height)."""
-        return Cameras(self.camera_to_world, self.fov_y, height, height if width is None else width,
-                       self.elevation, self.azimuth, self.distance)
+        return replace(self, height=height, width=height if width is None else width)
+
+    def zoomed(self, window: Tensor) -> Cameras:
+        """The same cameras showing a part [B, 3] of what they show now (see `window`)."""
+        if self.window is not None:
+            x, y, size = self.window.unbind(-1)
+            window = torch.stack([x + size * window[:, 0], y + size * window[:, 1], size * window[:, 2]], -1)
+        return replace(self, window=window.to(self.device))
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Origins and unit directions through the pixel centres, both [B, height, width, 3]; row 0 is the top."""
@@ -88,6 +100,9 @@ class Cameras:
         up = 1 - (torch.arange(self.height, **options) + 0.5) * 2 / self.height
         right = ((torch.arange(self.width, **options) + 0.5) * 2 / self.width - 1) * self.width / self.height
         local = torch.stack(torch.broadcast_tensors(right[None], up[:, None]), -1)
+        if self.window is not None:
+            centre = self.window[:, None, None, :2] * local.new_tensor([self.width / self.height, 1.0])
+            local = centre + self.window[:, None, None, 2:] * local
         rotation = self.camera_to_world[:, None, None, :3, :3]
         offset = (rotation[..., :2] * (local * half[:, None, None, None])[..., None, :]).sum(-1)
         direction = offset - rotation[..., 2]
@@ -112,6 +127,10 @@ class Cameras:
         matrix[:, 2, 2] = -(far + near) / (far - near)
         matrix[:, 2, 3] = -2 * far * near / (far - near)
         matrix[:, 3, 2] = -1
+        if self.window is not None:  # clip x, y become (x - centre w) / size, and w is -z
+            x, y, part = self.window.unbind(-1)
+            matrix[:, 0, 2], matrix[:, 1, 2] = x / part, y / part
+            matrix[:, :2, :2] = matrix[:, :2, :2] / part[:, None, None]
         return matrix
 
     @staticmethod
@@ -170,6 +189,7 @@ class CameraDistribution:
     jitter_position  half-width of a uniform offset of the position in each coordinate
     jitter_target    standard deviation of the point looked at
     jitter_up        standard deviation added to the up vector
+    zoom             each picture shows a part of it, so many times larger, anywhere inside; (1, 1): all of it
 
     The angles and distance that cameras carry (and priors are given) are those before the jitter.
     """
@@ -182,15 +202,18 @@ class CameraDistribution:
     jitter_position: float = 0.0
     jitter_target: float = 0.0
     jitter_up: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        for name in ("elevation", "azimuth", "distance", "fov_y"):
+        for name in ("elevation", "azimuth", "distance", "fov_y", "zoom"):
             low, high = getattr(self, name)
             if not low <= high:
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got ({low}, {high})")
             setattr(self, name, (float(low), float(high)))
         if self.distance[0] <= 0 or self.fov_y[0] <= 0 or self.fov_y[1] >= 180:
             raise ValueError("distance, fov_y: expected positive distances and angles between 0 and 180 degrees")
+        if self.zoom[0] < 1:
+            raise ValueError(f"zoom: expected at least 1, got {self.zoom}")
 
     @classmethod
     def dreamfusion(cls, size: int = 64) -> CameraDistribution:
@@ -201,9 +224,8 @@ class CameraDistribution:
 
     def scaled(self, factor: float) -> CameraDistribution:
         """The same views of a scene that is `factor` times as large."""
-        return CameraDistribution(self.elevation, self.azimuth,
-                                  (self.distance[0] * factor, self.distance[1] * factor), self.fov_y, self.area,
-                                  self.jitter_position * factor, self.jitter_target * factor, self.jitter_up)
+        return replace(self, distance=(self.distance[0] * factor, self.distance[1] * factor),
+                       jitter_position=self.jitter_position * factor, jitter_target=self.jitter_target * factor)
 
     def choose(self, known: Tensor, count: int, size: int | tuple[int, int],
                generator: torch.Generator | None = None) -> Cameras:
@@ -217,7 +239,17 @@ class CameraDistribution:
         if not len(inside):
             raise ValueError(f"elevation: none of the {len(known)} known cameras lies within {low} to {high} degrees")
         rows = torch.randint(len(inside), (count,), generator=generator)
-        return Cameras.orbit(*inside[rows].unbind(1), math.radians(sum(self.fov_y) / 2), size)
+        cameras = Cameras.orbit(*inside[rows].unbind(1), math.radians(sum(self.fov_y) / 2), size)
+        return self._zoomed(cameras, generator)
+
+    def _zoomed(self, cameras: Cameras, generator: torch.Generator | None) -> Cameras:
+        """Some part of each picture; draws nothing if `zoom` leaves no choice."""
+        if self.zoom == (1.0, 1.0):
+            return cameras
+        source = cameras.device if generator is None else generator.device
+        draw = torch.rand(len(cameras), 3, generator=generator, device=source).to(cameras.device)
+        part = 1 / (self.zoom[0] + (self.zoom[1] - self.zoom[0]) * draw[:, 2:])
+        return cameras.zoomed(torch.cat([(2 * draw[:, :2] - 1) * (1 - part), part], -1))
 
     def sample(self, count: int, size: int | tuple[int, int], generator: torch.Generator | None = None,
                device: torch.device | str | None = None) -> Cameras:
@@ -252,4 +284,5 @@ class CameraDistribution:
         height, width = (size, size) if isinstance(size, int) else size
         cameras = Cameras.look_at(position, target, fov_y, height, width, up,
                                   elevation=elevation, azimuth=azimuth, distance=distance)
+        cameras = self._zoomed(cameras, generator)
         return cameras if device is None else cameras.to(device)

@@ -66,61 +66,81 @@ def render_meshes(
     """Render meshes into one picture, with common depth and light.
 
     background: [B, 3] or [B, H, W, 3]. lights: one for all cameras or one each; not needed with mode "albedo" (the
-    modes are those of `shading.shade`). material: albedo [N, 3] at world positions [N, 3], instead of the meshes'
-    own texture or vertex colours. topology: `ops.antialias_topology` of all faces in a row, when it is known.
+    modes are those of `shading.shade`) and "normals" (n / 2 + 1 / 2 in the world). material: albedo [N, 3] at world
+    positions [N, 3], instead of the meshes' own texture or vertex colours; only pixels that see something ask it.
+    topology: `ops.antialias_topology` of all faces in a row, when it is known.
     two_sided: normals turn towards the camera, for meshes whose winding is not to be trusted.
-    Gradients to vertices (through silhouettes too), normals, colours, texture, lights and material.
+    Gradients to vertices (through silhouettes too), normals, colours, texture, lights and material. Meshes without
+    faces are legal, and nothing is seen of them. One host synchronization, for the number of visible pixels.
     """
-    device = cameras.device
     counts = [len(mesh.vertices) for mesh in meshes]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     vertices = torch.cat([mesh.vertices for mesh in meshes])
     faces = torch.cat([mesh.faces.int() + start for mesh, start in zip(meshes, starts)]).contiguous()
-    normals = torch.cat([_normals(mesh) for mesh in meshes])
+    normals = torch.cat([
+        vertex_normals(mesh.vertices, mesh.faces) if mesh.normals is None else mesh.normals for mesh in meshes
+    ])
     clip = clip_positions(vertices, cameras).contiguous()
     shape = (len(cameras), cameras.height, cameras.width)
-    rast, rast_db = ops.rasterize(clip, faces, shape[1:])
+    textured = material is None and any(mesh.texture is not None for mesh in meshes)
+    rast, rast_db = ops.rasterize(clip, faces, shape[1:], grad_db=textured)
     attributes, _ = ops.interpolate(torch.cat([vertices, normals], 1)[None].contiguous(), rast, faces)
-    positions, normals = attributes[..., :3], torch.nn.functional.normalize(attributes[..., 3:], dim=-1, eps=1e-12)
-    seen = (rast[..., 3:] > 0).to(rast.dtype)
-    if two_sided:
-        towards = cameras.position[:, None, None] - positions
-        normals = torch.where((normals * towards).sum(-1, keepdim=True) < 0, -normals, normals)
 
-    if material is not None:
-        albedo = material(positions.reshape(-1, 3)).reshape(positions.shape)
+    # From here on only the pixels that see something, [P, ...].
+    pixels = rast[..., 3].reshape(-1).nonzero()[:, 0]
+    views = pixels // (shape[1] * shape[2])
+    positions, normals = _Pick.apply(attributes.view(-1, 6), pixels).split(3, -1)
+    normals = torch.nn.functional.normalize(normals, dim=-1, eps=1e-12)
+    if two_sided:
+        away = (normals * (cameras.position[views] - positions)).sum(-1, keepdim=True) < 0
+        normals = torch.where(away, -normals, normals)
+    if mode == "normals":
+        color = 0.5 + 0.5 * normals
     else:
-        albedo, first = torch.zeros_like(positions), 0
-        for mesh in meshes:
-            albedo = albedo + _albedo(mesh, _only(rast, first, len(mesh.faces)), rast_db)
-            first += len(mesh.faces)
-    if mode == "albedo":
-        color = albedo
-    else:
-        if lights is None:
+        if material is not None:
+            albedo = material(positions)
+        else:
+            albedo, first = torch.zeros_like(positions), 0
+            for mesh in meshes:
+                albedo = albedo + _Pick.apply(_albedo(mesh, _only(rast, first, len(mesh.faces)), rast_db), pixels)
+                first += len(mesh.faces)
+        if mode != "albedo" and lights is None:
             raise ValueError(f"lights: expected one, or one for each camera, with mode {mode!r}, got None")
-        views = torch.arange(shape[0], device=device).repeat_interleave(shape[1] * shape[2])
-        flat = [x.reshape(-1, 3) for x in (albedo, normals, positions)]
-        color = shade(*flat, lights, views, mode).reshape(positions.shape)
+        color = shade(albedo, normals, positions, lights, views, mode)
 
     if background.dim() == 2:
-        background = background[:, None, None].expand(*shape, 3)
-    color = torch.where(seen > 0, color, background.flip(1))
-    blended = ops.antialias(torch.cat([color, seen], -1).contiguous(), rast, clip, faces, topology)
-    matrix = cameras.world_to_camera()[:, None, None, 2]
-    depth = -((positions * matrix[..., :3]).sum(-1) + matrix[..., 3]) * seen[..., 0]
-    images = (blended[..., :3], blended[..., 3], normals * seen, depth)
-    return MeshRendering(*(image.flip(1) for image in images))
+        background = background[:, None, None]
+    background = background.flip(1).expand(*shape, 3).reshape(-1, 3)
+    covered = torch.zeros_like(background[:, :1]).index_fill(0, pixels, 1.0)
+    canvas = torch.cat([background.index_copy(0, pixels, color), covered], -1)
+    blended = ops.antialias(canvas.view(*shape, 4), rast, clip, faces, topology).flip(1)
+    axis = cameras.world_to_camera()[views, 2]
+    depth = -((positions * axis[:, :3]).sum(-1, keepdim=True) + axis[:, 3:])
+    flat = torch.zeros_like(canvas).index_copy(0, pixels, torch.cat([normals, depth], -1)).view(*shape, 4).flip(1)
+    return MeshRendering(blended[..., :3], blended[..., 3], flat[..., :3], flat[..., 3])
 
 
-def _normals(mesh: TexturedMesh) -> Tensor:
-    """Given normals, or the mean of the faces around each vertex, weighted by area."""
-    if mesh.normals is not None:
-        return mesh.normals
-    corners = mesh.faces.long()
-    a, b, c = (mesh.vertices[corners[:, k]] for k in range(3))
+class _Pick(torch.autograd.Function):
+    """rows [P] of x [N, C], every row at most once, which makes the gradient a copy instead of a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, rows, grad), None
+
+
+def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
+    """[V, 3] unit: the mean of the faces [F, 3] around each vertex, weighted by area; zero where there is none."""
+    corners = faces.long()
+    a, b, c = (vertices[corners[:, k]] for k in range(3))
     vectors = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(mesh.vertices)
+    total = torch.zeros_like(vertices)
     for k in range(3):
         total = total.index_add(0, corners[:, k], vectors)
     return torch.nn.functional.normalize(total, dim=-1, eps=1e-20)
@@ -135,7 +155,7 @@ def _only(rast: Tensor, first: int, count: int) -> Tensor:
 
 
 def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:
-    """[B, H, W, 3] of one mesh's own texture or colours, 0 elsewhere."""
+    """[B * H * W, 3] of one mesh's own texture or colours, 0 elsewhere."""
     seen = rast[..., 3:] > 0
     if mesh.texture is not None and mesh.uv is not None:
         uv, uv_da = ops.interpolate(mesh.uv[None].contiguous(), rast, mesh.uv_faces.int().contiguous(), rast_db, "all")
@@ -143,7 +163,8 @@ def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:
         levels, (height, width) = 0, texture.shape[1:3]
         while height % 2 == 0 and width % 2 == 0:
             levels, height, width = levels + 1, height // 2, width // 2
-        return ops.texture(texture, uv, uv_da, boundary_mode="clamp", max_mip_level=levels) * seen
+        color = ops.texture(texture, uv, uv_da, boundary_mode="clamp", max_mip_level=levels) * seen
+        return color.view(-1, 3)
     if mesh.colors is not None:
-        return ops.interpolate(mesh.colors[None].contiguous(), rast, mesh.faces.int().contiguous())[0]
-    return PLAIN * seen.to(rast.dtype).expand(*seen.shape[:3], 3)
+        return ops.interpolate(mesh.colors[None].contiguous(), rast, mesh.faces.int().contiguous())[0].view(-1, 3)
+    return PLAIN * seen.to(rast.dtype).view(-1, 1).expand(-1, 3)

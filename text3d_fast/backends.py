@@ -2,20 +2,20 @@
 
 Order on a GPU: native CUDA, then Triton, then the reference (which warns once); on a CPU: native, then the reference.
 `use_backend("triton")` or the environment variable TEXT3D_BACKEND asks for one; if it cannot serve an op, the call
-raises with the reason.
+raises with the reason. The choice is made once a call and holds for its backward pass, wherever that runs.
 """
 
 import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
 from text3d_fast import native
 
 BACKENDS = ("native", "triton", "reference")
-_requested: str | None = os.environ.get("TEXT3D_BACKEND") or None
 _has_triton_twin: dict[str, bool] = {}
 _warned: set[str] = set()
 
@@ -24,32 +24,55 @@ class BackendWarning(UserWarning):
     """An op on a GPU is served by its slow reference."""
 
 
-def _check(name: str | None) -> None:
+def _check(name: str | None) -> str | None:
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return name
 
 
-_check(_requested)
+_default = _check(os.environ.get("TEXT3D_BACKEND") or None)
+_requested: ContextVar[str | None] = ContextVar("text3d_backend", default=_default)
+_last_requested = _default  # by any thread: what torch.compile, which cannot read a ContextVar, guards on
+
+
+def _request(name: str | None) -> None:
+    global _last_requested
+    _requested.set(name)
+    _last_requested = name
 
 
 @contextlib.contextmanager
 def _restore(previous: str | None) -> Iterator[None]:
-    global _requested
     try:
         yield
     finally:
-        _requested = previous
+        _request(previous)
 
 
 def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     """Ask for one backend from now on, or within a `with` block; None returns to the default order.
 
+    Holds for this thread (this contextvars.Context), and for the backward passes of what is called under it. A function
+    under torch.compile is compiled anew when the request has changed.
     Raises ValueError for an unknown name. An op that the backend cannot serve raises when it is called.
     """
-    global _requested
     _check(name)
-    previous, _requested = _requested, name
+    previous = _requested.get()
+    _request(name)
     return _restore(previous)
+
+
+def _requested_in_compilation(_: str | None) -> str | None:
+    return _requested.get()
+
+
+# What torch.compiler.assume_constant_result sets, but that imports all of the compiler first (seconds).
+_requested_in_compilation._dynamo_marked_constant = True
+
+
+def requested() -> str | None:
+    """The backend that was asked for here, or None."""
+    return _requested_in_compilation(_last_requested) if torch.compiler.is_compiling() else _requested.get()
 
 
 def declare(op: str, *, triton: bool = False) -> None:
@@ -80,18 +103,19 @@ def choose(op: str, device: torch.device) -> str:
     Raises RuntimeError if one was asked for that cannot; warns once per op when a GPU falls back to the reference.
     """
     device_type = device.type
-    if _requested is not None:
-        reason = reason_against(_requested, op, device_type)
+    wanted = requested()
+    if wanted is not None:
+        reason = reason_against(wanted, op, device_type)
         if reason is not None:
-            raise RuntimeError(f"backend {_requested!r} cannot serve {op} on {device_type}: {reason}")
-        return _requested
-    if native.reason_against(device_type) is None:
-        return "native"
+            raise RuntimeError(f"backend {wanted!r} cannot serve {op} on {device_type}: {reason}")
+        return wanted
+    if device_type == "meta" or native.reason_against(device_type) is None:
+        return "native"  # on meta: the fake kernel, which knows shapes
     if device_type == "cuda" and reason_against("triton", op, device_type) is None:
         return "triton"
     if device_type == "cuda" and op not in _warned:
         _warned.add(op)
-        warnings.warn(f"{op} runs as its slow torch reference: {native.reason_against('cuda')}", BackendWarning, 3)
+        warnings.warn(f"{op} runs as its slow torch reference: {native.reason_against('cuda')}", BackendWarning, 4)
     return "reference"
 
 

@@ -71,6 +71,9 @@ def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | Non
     flat = [flatten(field) for field in fields]
     if device is None:
         raise RuntimeError(f"{name}: no tensor among its fields")
+    reason = reason_against(device.type)
+    if reason is not None:  # a program exported elsewhere, or the registered op called by itself
+        raise RuntimeError(f"{name}: {reason}")
     if device.type == "cpu":
         getattr(_module, name)(0 if _EMULATE else None, *flat)
         return

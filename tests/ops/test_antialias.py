@@ -133,7 +133,7 @@ def test_opcheck_and_compile(device, generator):
     rast, _ = ops.rasterize(pos, tri, (9, 11))
     color = torch.rand(2, 9, 11, 3, generator=generator, device=device).requires_grad_()
     pos, topology = pos.requires_grad_(), ops.antialias_topology(tri)
-    torch.library.opcheck(torch.ops.text3d.antialias.default, (color, rast, pos, tri, topology, 1.0))
+    torch.library.opcheck(torch.ops.text3d.antialias.default, (color, rast, pos, tri, topology, 1.0, "native"))
 
 
 def test_empty(device):

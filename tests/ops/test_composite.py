@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from text3d_fast import ops, use_backend
+from text3d_fast import backends, ops, use_backend
 from text3d_fast.reference.composite import composite as reference_composite
 
 # (rays, longest ray, channels): odd sizes, single rays, empty everything
@@ -143,7 +143,8 @@ def test_padding_beyond_the_last_offset_weighs_nothing(device, generator, poison
 def test_opcheck(device, generator):
     sigma, values, samples = make_inputs((7, 5, 3), generator, device=device)
     sigma.requires_grad_(), values.requires_grad_()
-    arguments = (sigma, values, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets, 1e-4)
+    arguments = (sigma, values, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets, 1e-4,
+                 backends.choose("composite", device))
     torch.library.opcheck(torch.ops.text3d.composite.default, arguments)
 
 

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from text3d_fast import native, nn, ops, use_backend
+from text3d_fast import backends, native, nn, ops, use_backend
 from text3d_fast.ops import HashGridSpec
 from text3d_fast.reference import hash_grid as reference
 
@@ -287,15 +287,17 @@ def test_opcheck(compute_dtype, device, generator):
     spec = small()
     x, params = inputs(spec, 5, generator, device=device)
     x.requires_grad_(), params.requires_grad_()
-    rest = (spec.key, spec.levels, compute_dtype)
+    table = None if compute_dtype == torch.float32 else params.detach().to(compute_dtype)
+    rest = (table, spec.key, spec.levels)
+    backend = backends.choose("hash_grid", device)
     grad_y = torch.randn(5, spec.output_dim, device=device, requires_grad=True)
     jacobian = torch.randn(5, spec.output_dim, 3, device=device)
     library = torch.ops.text3d
-    torch.library.opcheck(library.hash_grid.default, (x, params, *rest))
-    torch.library.opcheck(library.hash_grid_grad.default, (x, params, *rest))
-    plain = grad_y.detach(), x.detach(), params.detach(), *rest, True, True
-    torch.library.opcheck(library.hash_grid_backward.default, (grad_y, x, params, *rest, True, True))
-    torch.library.opcheck(library.hash_grid_backward.default, (*plain[:-1], False))
+    torch.library.opcheck(library.hash_grid.default, (x, params, *rest, backend))
+    torch.library.opcheck(library.hash_grid_grad.default, (x, params, *rest, backend))
+    plain = grad_y.detach(), x.detach(), params.detach(), *rest, True, True, backend
+    torch.library.opcheck(library.hash_grid_backward.default, (grad_y, x, params, *rest, True, True, backend))
+    torch.library.opcheck(library.hash_grid_backward.default, (*plain[:-2], False, backend))
     torch.library.opcheck(library.hash_grid_second.default, (x.detach(), None, *plain))
     torch.library.opcheck(library.hash_grid_grad_backward.default, (plain[0], jacobian, *plain[1:]))
 

@@ -83,7 +83,8 @@ def test_gradient_does_not_depend_on_threads_or_runs(device, generator):
 def test_opcheck(device, generator):
     attr, rast, tri, rast_db = make_inputs((2, 3), generator, device, 9, (5, 7))
     leaves = [x.requires_grad_() for x in (attr, rast, rast_db)]
-    torch.library.opcheck(torch.ops.text3d.interpolate.default, (leaves[0], leaves[1], tri, leaves[2], [0, 2]))
+    arguments = (leaves[0], leaves[1], tri, leaves[2], [0, 2], "native")
+    torch.library.opcheck(torch.ops.text3d.interpolate.default, arguments)
 
 
 def test_rasterize_and_interpolate_together(device, generator):

@@ -254,7 +254,7 @@ def test_opcheck(device):
     rays = make_rays(7, device)
     for capacity in (-1, 50):
         jitter = torch.rand(7, device=device)
-        arguments = (*rays, grid.binaries, grid.aabb, None, None, jitter, 0.1, 6.0, 0.1, 0.0, capacity)
+        arguments = (*rays, grid.binaries, grid.aabb, None, None, jitter, 0.1, 6.0, 0.1, 0.0, capacity, "native")
         torch.library.opcheck(torch.ops.text3d.march_rays.default, arguments)
 
 

@@ -152,9 +152,9 @@ def test_is_the_same_with_any_number_of_threads(generator):
 
 def op_arguments(grid, sdf, positions):
     if grid.kind == "kuhn":
-        return torch.ops.text3d.marching_tets_kuhn.default, (positions, sdf, *grid.resolution)
-    connectivity = (grid.tets, grid.edges, grid.tet_edges, *grid.incidence)
-    return torch.ops.text3d.marching_tets.default, (positions, sdf, *connectivity)
+        return torch.ops.text3d.marching_tets_kuhn.default, (positions, sdf, *grid.resolution, "native")
+    connectivity = (grid.num_vertices, grid.tets, grid.edges, grid.tet_edges, *grid.incidence)
+    return torch.ops.text3d.marching_tets.default, (positions, sdf, *connectivity, "native")
 
 
 @pytest.mark.parametrize("make", [lambda: ops.TetGrid.kuhn((2, 3, 5)), lambda: ops.TetGrid.a15(4)], ids=["kuhn", "a15"])

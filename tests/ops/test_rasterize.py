@@ -220,7 +220,7 @@ def test_peeler_passes_gradients(device, generator):
 
 def test_opcheck(device, generator):
     pos, tri = soup(9, 0.5, generator, device)
-    arguments = (pos.requires_grad_(), tri, None, None, 9, 11, True, True)
+    arguments = (pos.requires_grad_(), tri, None, None, 9, 11, True, True, "native")
     torch.library.opcheck(torch.ops.text3d.rasterize.default, arguments, atol=1e-4, rtol=1e-4)
 
 

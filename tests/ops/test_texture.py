@@ -135,7 +135,8 @@ def test_gradients_are_deterministic(generator, device):
 def test_opcheck(device, generator):
     tex, uv, uv_da, bias = make_inputs("wrap", generator)
     mips = [tex.requires_grad_(), *(m.detach() for m in ops.mip_stack(tex.detach()))]
-    torch.library.opcheck(torch.ops.text3d.texture.default, (mips, uv.requires_grad_(), uv_da, bias, 3, 0))
+    arguments = (mips, uv.requires_grad_(), uv_da, bias, 3, 0, "native")
+    torch.library.opcheck(torch.ops.text3d.texture.default, arguments)
 
 
 def test_compiles_whole(device, generator):

@@ -3,8 +3,9 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_indices, require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import check_values, float_dtypes, require_indices, require_same_device, require_tensor
+from text3d_fast.ops.registration import LastOrder, define
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference.antialias import antialias as reference_antialias
 from text3d_fast.reference.antialias import opposite_vertices
 from text3d_fast.reference.rasterize import decode_triangle_ids
@@ -12,6 +13,7 @@ from text3d_fast.reference.rasterize import decode_triangle_ids
 backends.declare("antialias")
 
 
+@typed
 def antialias_topology(tri: torch.Tensor) -> torch.Tensor:
     """Which vertex lies across each edge: int32 [F, 3] -> int32 [F, 3], -1 at a boundary.
 
@@ -22,6 +24,7 @@ def antialias_topology(tri: torch.Tensor) -> torch.Tensor:
     return opposite_vertices(tri)
 
 
+@typed
 def antialias(
     color: torch.Tensor,
     rast: torch.Tensor,
@@ -43,27 +46,35 @@ def antialias(
     vertices of tri and topology out of range, as far as pixels see them; on CUDA such pairs are not blended, or raise
     if the environment has TEXT3D_CHECK=1.
     """
-    require_tensor("rast", rast, ("batch", "height", "width", 4))
     backend = backends.choose("antialias", rast.device)
-    dtypes = () if backend == "reference" else (torch.float32,)
+    if topology is None:
+        topology = antialias_topology(tri)
+    arguments = (color, rast, pos, tri, topology, pos_gradient_boost, backend)
+    if backend != "reference":
+        return _antialias(*arguments)[0]
+    _check(*arguments)
+    _check_values(rast, pos, tri, topology)
+    batch = rast.shape[0]
+    return reference_antialias(color, rast, pos.expand(batch, -1, -1) if pos.dim() == 3 else pos, tri, topology,
+                               pos_gradient_boost)
+
+
+def _check(color, rast, pos, tri, topology, boost, backend):
+    dtypes = float_dtypes(backend)
+    require_tensor("rast", rast, ("batch", "height", "width", 4), *dtypes)
     batch, height, width, _ = rast.shape
-    require_tensor("rast", rast, (batch, height, width, 4), *dtypes)
     require_tensor("color", color, (batch, height, width, "channels"), *dtypes)
     require_tensor("tri", tri, ("triangles", 3), torch.int32)
     instanced = pos.dim() == 3 and pos.shape[0] != 1
     require_tensor("pos", pos, (*((batch if instanced else 1,) if pos.dim() == 3 else ()), "vertices", 4), *dtypes)
-    if topology is None:
-        topology = antialias_topology(tri)
     require_tensor("topology", topology, tuple(tri.shape), torch.int32)
     require_same_device(rast=rast, color=color, pos=pos, tri=tri, topology=topology)
-    if backend == "reference" or (native.runs_cuda_source(tri.device) and check_values()):
-        require_indices("tri", tri, pos.shape[-2])
-        require_indices("topology", topology, pos.shape[-2], -1)
-        require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
-    if backend == "reference":
-        return reference_antialias(color, rast, pos.expand(batch, -1, -1) if pos.dim() == 3 else pos, tri, topology,
-                                   pos_gradient_boost)
-    return _antialias(color, rast, pos, tri, topology, pos_gradient_boost)[0]
+
+
+def _check_values(rast, pos, tri, topology):
+    require_indices("tri", tri, pos.shape[-2])
+    require_indices("topology", topology, pos.shape[-2], -1)
+    require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
 
 
 def _sizes(rast, pos, tri):
@@ -71,14 +82,16 @@ def _sizes(rast, pos, tri):
     return rast.shape[0], pos_batch, rast.shape[1], rast.shape[2], pos.shape[-2], tri.shape[0]
 
 
-def _forward(color, rast, pos, tri, topology, boost):
-    out, flags = _fake_forward(color, rast, pos, tri, topology, boost)
+def _forward(color, rast, pos, tri, topology, boost, backend):
+    if native.runs_cuda_source(tri.device) and check_values():
+        _check_values(rast, pos, tri, topology)
+    out, flags = _fake_forward(color, rast, pos, tri, topology, boost, backend)
     tensors = [x.contiguous() for x in (color, rast, pos, tri, topology)]
     native.call("antialias_forward", *tensors, out, flags, *_sizes(rast, pos, tri), color.shape[3])
     return out, flags
 
 
-def _fake_forward(color, rast, pos, tri, topology, boost):
+def _fake_forward(color, rast, pos, tri, topology, boost, backend):
     batch, height, width, _ = rast.shape
     # where the CPU kernel found silhouettes: a byte a pixel, read eight at a time
     flags = 0 if native.runs_cuda_source(rast.device) else batch * height * width + 8
@@ -86,8 +99,8 @@ def _fake_forward(color, rast, pos, tri, topology, boost):
             torch.empty(flags, dtype=torch.uint8, device=rast.device))
 
 
-def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted):
-    outputs = _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted)
+def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend):
+    outputs = _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend)
     outputs[1].zero_()
     tensors = [x.contiguous() for x in (grad, color, rast, pos, tri, topology)]
     native.call("antialias_backward", *tensors, flags, *(g if w else None for g, w in zip(outputs, wanted)),
@@ -95,39 +108,40 @@ def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted):
     return outputs
 
 
-def _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted):
+def _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend):
     return tuple(x.new_empty(x.shape if w else (0,)) for x, w in zip((color, pos), wanted))
 
 
-class _Antialias(torch.autograd.Function):
+class _Derivative:
     @staticmethod
-    def forward(ctx, color, rast, pos, tri, topology, boost):
-        out, flags = _antialias(color, rast, pos, tri, topology, boost)
-        ctx.save_for_backward(color, rast, pos, tri, topology, flags)
-        ctx.boost = boost
+    def setup_context(ctx, inputs, outputs):
+        *tensors, ctx.boost, ctx.backend = inputs
+        flags = outputs[1]
+        ctx.save_for_backward(*tensors, flags)
         ctx.mark_non_differentiable(flags)
         ctx.set_materialize_grads(False)
-        return out, flags
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-        grad_color, grad_pos = _antialias_backward(grad, *ctx.saved_tensors, ctx.boost, wanted)
-        return grad_color if wanted[0] else None, None, grad_pos if wanted[1] else None, None, None, None
+        grad_color, grad_pos = _antialias_backward(grad, *ctx.saved_tensors, ctx.boost, wanted, ctx.backend)
+        return grad_color if wanted[0] else None, None, grad_pos if wanted[1] else None, *[None] * 4
 
 
 _antialias = define(
-    "antialias(Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost) -> (Tensor, Tensor)",
+    "antialias(Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, float boost, str backend) "
+    "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    _Antialias,
+    _Derivative,
+    _check,
 )
 _antialias_backward = define(
     "antialias_backward(Tensor grad, Tensor color, Tensor rast, Tensor pos, Tensor tri, Tensor topology, Tensor flags, "
-    "float boost, bool[] wanted) -> (Tensor, Tensor)",
+    "float boost, bool[] wanted, str backend) -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
+    LastOrder("antialias_backward"),
 )

@@ -1,8 +1,13 @@
-"""Argument checks shared by the ops: each error names the argument, what was expected and what came."""
+"""Checks of tensors shared by the ops: each error names the argument, what was expected and what came.
+
+Public functions and registered ops share them, so that they hold in eager, compiled and exported code.
+"""
 
 import os
 
 import torch
+
+from text3d_fast.ops.typed import said
 
 
 def require_tensor(name: str, value: torch.Tensor, shape: tuple[int | str, ...], *dtypes: torch.dtype) -> None:
@@ -11,8 +16,14 @@ def require_tensor(name: str, value: torch.Tensor, shape: tuple[int | str, ...],
     In `shape` an int is an exact size, a string a free one that is named in the message; no dtypes: any floating one.
     """
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
+        raise TypeError(f"{name}: expected a tensor, got {said(value)}")
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    if fits:
+        for wanted, size in zip(shape, sizes):
+            if type(wanted) is not str and wanted != size:
+                fits = False
+                break
     if not fits:
         expected = "[" + ", ".join(map(str, shape)) + "]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
@@ -20,16 +31,26 @@ def require_tensor(name: str, value: torch.Tensor, shape: tuple[int | str, ...],
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {value.dtype}")
     if not dtypes and not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+
+
+def float_dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What floating-point tensors may be, for `require_tensor`: references take any."""
+    return () if backend == "reference" else (torch.float32,)
 
 
 def require_same_device(**tensors: torch.Tensor | None) -> torch.device:
     """Raise ValueError unless all tensors are on one device; return it."""
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first, reference), *others = present.items()
-    for name, tensor in others:
-        if tensor.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device} like {first}, got {tensor.device}")
-    return reference.device
+    reference = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if reference is None:
+            first, reference = name, tensor.device
+        elif tensor.device != reference:
+            raise ValueError(f"{name}: expected device {reference} like {first}, got {tensor.device}")
+    return reference
 
 
 def check_values() -> bool:

@@ -1,12 +1,12 @@
 """Multiresolution hash-grid encoding (Mueller et al. 2022)."""
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.specs import HashGridSpec
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference import hash_grid as reference
 
 __all__ = ["HashGridSpec", "hash_grid", "hash_grid_grad", "hash_grid_vjp"]
@@ -15,6 +15,7 @@ backends.declare("hash_grid", triton=True)
 TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@typed
 def hash_grid(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -30,17 +31,19 @@ def hash_grid(
     compute_dtype: what the table is rounded to before reading (float32, float16, bfloat16; None: float32); sums are
         float32 whatever it is, and gradients are of the rounded table with respect to its float32 master.
     Returns float32 [N, levels * features], level by level. Gradients to x and params, twice.
-    Kept for the backward pass: x and params themselves; a rounded table is kept until params change.
+    Kept for the backward pass: x and params themselves, and the rounded table, which each call makes anew.
     On a CPU sums into params are always in the order of the points, so results do not depend on the threads; on CUDA
     they are exact sums in fixed point, slower, under torch.use_deterministic_algorithms(True).
     Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for x that is not finite.
     """
-    backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
-    if backend == "reference":
-        return reference.hash_grid(x, _rounded(params, compute_dtype), spec, active_levels)
-    return _hash_grid(x, params, spec.key, active_levels, compute_dtype)
+    arguments = _arguments(x, params, spec, active_levels, compute_dtype)
+    if arguments[-1] == "reference":
+        _check(*arguments)
+        return reference.hash_grid(x, _rounded(params, compute_dtype), spec, arguments[4])
+    return _hash_grid(*arguments)
 
 
+@typed
 def hash_grid_grad(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -54,12 +57,14 @@ def hash_grid_grad(
     known cotangent is needed, as for normals of a density, `hash_grid_vjp` takes a third of the time.
     Arguments and errors as `hash_grid`. Returns y [N, levels * features] and dy/dx [N, levels * features, dim].
     """
-    backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
-    if backend == "reference":
-        return reference.hash_grid_grad(x, _rounded(params, compute_dtype), spec, active_levels)
-    return _hash_grid_grad(x, params, spec.key, active_levels, compute_dtype)
+    arguments = _arguments(x, params, spec, active_levels, compute_dtype)
+    if arguments[-1] == "reference":
+        _check(*arguments)
+        return reference.hash_grid_grad(x, _rounded(params, compute_dtype), spec, arguments[4])
+    return _hash_grid_grad(*arguments)
 
 
+@typed
 def hash_grid_vjp(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -75,63 +80,69 @@ def hash_grid_vjp(
 
     cotangent: float32 [N, levels * features]. Other arguments and errors as `hash_grid`. Returns float32 [N, dim].
     """
-    backend, active_levels, compute_dtype = _check(x, params, spec, active_levels, compute_dtype)
-    require_tensor("cotangent", cotangent, (x.shape[0], spec.output_dim), x.dtype)
-    require_same_device(x=x, cotangent=cotangent)
+    *arguments, backend = _arguments(x, params, spec, active_levels, compute_dtype)
     if backend == "reference":
-        return reference.hash_grid_vjp(x, _rounded(params, compute_dtype), cotangent, spec, active_levels)
-    return _hash_grid_backward(cotangent, x, params, spec.key, active_levels, compute_dtype, True, False)[0]
+        _check_backward(cotangent, *arguments, True, False, backend)
+        return reference.hash_grid_vjp(x, _rounded(params, compute_dtype), cotangent, spec, arguments[4])
+    return _hash_grid_backward(cotangent, *arguments, True, False, backend)[0]
 
 
-def _check(x, params, spec, active_levels, compute_dtype):
-    if not isinstance(spec, HashGridSpec):
-        raise TypeError(f"spec: expected a HashGridSpec, got {type(spec).__name__}")
-    require_tensor("x", x, ("points", spec.dim))
+def _arguments(x, params, spec, active_levels, compute_dtype) -> tuple:
+    """What the registered ops take."""
     backend = backends.choose("hash_grid", x.device)
-    dtypes = () if backend == "reference" else (torch.float32,)
+    active_levels = spec.levels if active_levels is None else active_levels
+    if compute_dtype not in (None, *TABLE_DTYPES):
+        raise TypeError(f"compute_dtype: expected one of {', '.join(map(str, TABLE_DTYPES))}, got {compute_dtype}")
+    half = backend != "reference" and compute_dtype in TABLE_DTYPES[1:]
+    return x, params, _half_table(params, compute_dtype) if half else None, spec.key, active_levels, backend
+
+
+def _check(x, params, table, key, active_levels, backend):
+    spec = HashGridSpec.parse(key)
+    dtypes = float_dtypes(backend)
     require_tensor("x", x, ("points", spec.dim), *dtypes)
     require_tensor("params", params, (spec.num_params,), *dtypes)
-    require_same_device(x=x, params=params)
-    active_levels = spec.levels if active_levels is None else active_levels
+    require_same_device(x=x, params=params, table=table)
+    if table is not None:
+        require_tensor("table", table, (_even(spec.num_params),), *TABLE_DTYPES[1:])
     if not 0 <= active_levels <= spec.levels:
         raise ValueError(f"active_levels: expected 0 to {spec.levels}, got {active_levels}")
-    compute_dtype = torch.float32 if compute_dtype is None else compute_dtype
-    if compute_dtype not in TABLE_DTYPES:
-        raise TypeError(f"compute_dtype: expected one of {', '.join(map(str, TABLE_DTYPES))}, got {compute_dtype}")
-    return backend, active_levels, compute_dtype
 
 
-def _rounded(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _check_backward(cotangent, x, params, table, key, active_levels, need_x, need_params, backend):
+    _check(x, params, table, key, active_levels, backend)
+    require_tensor("cotangent", cotangent, (x.shape[0], HashGridSpec.parse(key).output_dim), x.dtype)
+    require_same_device(x=x, cotangent=cotangent)
+
+
+def _rounded(params: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """params with the values of `dtype`; the gradient passes straight through."""
-    if dtype == torch.float32:
+    if dtype in (None, torch.float32):
         return params
     return params + (params.detach().to(dtype).to(params.dtype) - params.detach())
 
 
-_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()  # params -> (version, dtype, rounded table)
+def _even(count: int) -> int:
+    return count + count % 2
 
 
-def _table(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The table that the kernels read: params, or their copy in `dtype`, made once per version of params."""
-    if dtype == torch.float32:
-        return params.contiguous()
-    version = None if params.is_inference() else params._version
-    cached = _tables.get(params)
-    if cached is not None and version is not None and cached[:2] == (version, dtype):
-        return cached[2]
-    table = torch.zeros(params.numel() + params.numel() % 2, dtype=dtype, device=params.device)  # whole 4-byte words
-    table[: params.numel()].copy_(params)
-    _tables[params] = (version, dtype, table)
-    return table
+def _half_table(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rounded table that the kernels read, in whole 4-byte words, kept from the forward pass for the backward.
+
+    Rounded anew in each call: params change by roads that leave no trace (`.data`, a replayed graph), and a cast costs
+    no more than reading params once.
+    """
+    table = params.detach().to(dtype)
+    return torch.nn.functional.pad(table, (0, 1)) if params.numel() % 2 else table
 
 
-def _run(kernel: str, tensors: tuple, fixed: tuple, dtype: torch.dtype, spec: HashGridSpec, active_levels: int) -> None:
-    if backends.choose("hash_grid", tensors[0].device) == "triton":
+def _run(kernel: str, tensors: tuple, fixed: tuple, spec: HashGridSpec, active_levels: int, backend: str) -> None:
+    if backend == "triton":
         from text3d_fast._triton import hash_grid as twin
 
         getattr(twin, kernel)(*tensors, spec, active_levels)
     else:
-        native.call(f"hash_grid_{kernel}", *tensors, *fixed, tensors[0].shape[0], TABLE_DTYPES.index(dtype),
+        native.call(f"hash_grid_{kernel}", *tensors, *fixed, tensors[0].shape[0], TABLE_DTYPES.index(tensors[1].dtype),
                     *_layout(spec, active_levels))
 
 
@@ -141,35 +152,40 @@ def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
             spec.features, spec.levels, active_levels, spec.interpolation == "smoothstep", spec.dialect == "ngp")
 
 
-def _forward(x, params, key, active_levels, dtype):
+def _read(params: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """What the kernels read."""
+    return (params if table is None else table).contiguous()
+
+
+def _forward(x, params, table, key, active_levels, backend):
     spec = HashGridSpec.parse(key)
-    y = _fake_forward(x, params, key, active_levels, dtype)
-    _run("forward", (x.contiguous(), _table(params, dtype), y, None), (), dtype, spec, active_levels)
+    y = _fake_forward(x, params, table, key, active_levels, backend)
+    _run("forward", (x.contiguous(), _read(params, table), y, None), (), spec, active_levels, backend)
     return y
 
 
-def _fake_forward(x, params, key, active_levels, dtype):
+def _fake_forward(x, params, table, key, active_levels, backend):
     return x.new_empty(x.shape[0], HashGridSpec.parse(key).output_dim)
 
 
-def _grad_forward(x, params, key, active_levels, dtype):
+def _grad_forward(x, params, table, key, active_levels, backend):
     spec = HashGridSpec.parse(key)
-    y, jacobian = _fake_grad_forward(x, params, key, active_levels, dtype)
-    _run("forward", (x.contiguous(), _table(params, dtype), y, jacobian), (), dtype, spec, active_levels)
+    y, jacobian = _fake_grad_forward(x, params, table, key, active_levels, backend)
+    _run("forward", (x.contiguous(), _read(params, table), y, jacobian), (), spec, active_levels, backend)
     return y, jacobian
 
 
-def _fake_grad_forward(x, params, key, active_levels, dtype):
+def _fake_grad_forward(x, params, table, key, active_levels, backend):
     spec = HashGridSpec.parse(key)
     return x.new_empty(x.shape[0], spec.output_dim), x.new_empty(x.shape[0], spec.output_dim, spec.dim)
 
 
-def _backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params):
-    return _any_backward(grad_y, None, x, params, key, active_levels, dtype, need_x, need_params)
+def _backward(grad_y, x, params, table, key, active_levels, need_x, need_params, backend):
+    return _any_backward(grad_y, None, x, params, table, key, active_levels, need_x, need_params, backend)
 
 
-def _grad_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params):
-    return _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params)
+def _grad_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, need_x, need_params, backend):
+    return _any_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, need_x, need_params, backend)
 
 
 def _sums_in_fixed_point(params: torch.Tensor, grad_y: torch.Tensor) -> bool:
@@ -193,8 +209,8 @@ def _steepest(spec: HashGridSpec) -> float:
     return max(spec.level_scales) * (1.5 if spec.interpolation == "smoothstep" else 1.0)
 
 
-def _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, need_x, need_params):
-    grad_x, grad_params = _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
+def _any_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, need_x, need_params, backend):
+    grad_x, grad_params = _fake_backward(grad_y, x, params, table, key, active_levels, need_x, need_params, backend)
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if grad_jacobian is not None:
         grad_jacobian = grad_jacobian.contiguous()
@@ -203,13 +219,13 @@ def _any_backward(grad_y, grad_jacobian, x, params, key, active_levels, dtype, n
             fixed = _fixed_point(params, 1.0, grad_y)
         else:
             fixed = _fixed_point(params, 1.0 + spec.dim * _steepest(spec), grad_y, grad_jacobian)
-    tensors = (x.contiguous(), _table(params, dtype), grad_y.contiguous(), grad_jacobian, grad_x if need_x else None,
+    tensors = (x.contiguous(), _read(params, table), grad_y.contiguous(), grad_jacobian, grad_x if need_x else None,
                grad_params if need_params else None)
-    _run("backward", tensors, fixed, dtype, spec, active_levels)
+    _run("backward", tensors, fixed, spec, active_levels, backend)
     return grad_x, grad_params
 
 
-def _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params):
+def _fake_backward(grad_y, x, params, table, key, active_levels, need_x, need_params, backend):
     """A gradient that is not needed comes back empty."""
     return x.new_empty(x.shape if need_x else 0), params.new_empty(params.shape if need_params else 0)
 
@@ -218,101 +234,82 @@ def _fake_grad_backward(grad_y, grad_jacobian, x, *rest):
     return _fake_backward(grad_y, x, *rest)
 
 
-def _second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
-    outputs = _fake_second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x,
-                           need_params)
+def _second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active_levels, need_x, need_params, backend):
+    outputs = _fake_second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active_levels, need_x,
+                           need_params, backend)
     grad_grad_y, grad_x, grad_params = outputs
     cotangents = [None if c is None else c.contiguous() for c in (cotangent_x, cotangent_params)]
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if need_params and _sums_in_fixed_point(params, grad_y):
         fixed = _fixed_point(params, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec), grad_y)
-    tensors = (x.contiguous(), _table(params, dtype), grad_y.contiguous(), *cotangents, grad_grad_y,
+    tensors = (x.contiguous(), _read(params, table), grad_y.contiguous(), *cotangents, grad_grad_y,
                grad_x if need_x else None, grad_params if need_params else None)
-    _run("second", tensors, fixed, dtype, spec, active_levels)
+    _run("second", tensors, fixed, spec, active_levels, backend)
     return outputs
 
 
-def _fake_second(cotangent_x, cotangent_params, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
-    grad_x, grad_params = _fake_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
+def _fake_second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active_levels, need_x, need_params,
+                 backend):
+    grad_x, grad_params = _fake_backward(grad_y, x, params, table, key, active_levels, need_x, need_params, backend)
     return x.new_empty(grad_y.shape), grad_x, grad_params
 
 
-class _HashGrid(torch.autograd.Function):
+class _Value:
     @staticmethod
-    def forward(ctx, x, params, key, active_levels, dtype):
-        ctx.save_for_backward(x, params)
-        ctx.rest = key, active_levels, dtype
-        return _hash_grid(x, params, key, active_levels, dtype)
+    def setup_context(ctx, inputs, y):
+        x, params, table, *ctx.rest = inputs
+        ctx.save_for_backward(x, params, table)
 
     @staticmethod
     def backward(ctx, grad_y):
         need_x, need_params = ctx.needs_input_grad[:2]
-        grad_x, grad_params = _hash_grid_backward(grad_y, *ctx.saved_tensors, *ctx.rest, need_x, need_params)
-        return grad_x if need_x else None, grad_params if need_params else None, None, None, None
+        *rest, backend = ctx.rest
+        grad_x, grad_params = _hash_grid_backward(grad_y, *ctx.saved_tensors, *rest, need_x, need_params, backend)
+        return grad_x if need_x else None, grad_params if need_params else None, *[None] * 4
 
 
-class _HashGridBackward(torch.autograd.Function):
+class _ValueBackward:
     @staticmethod
-    def forward(ctx, grad_y, x, params, key, active_levels, dtype, need_x, need_params):
-        ctx.save_for_backward(grad_y, x, params)
-        ctx.rest = key, active_levels, dtype
+    def setup_context(ctx, inputs, outputs):
+        grad_y, x, params, table, *ctx.rest = inputs
+        ctx.save_for_backward(grad_y, x, params, table)
         ctx.set_materialize_grads(False)
-        ctx.given = need_x, need_params
-        return _hash_grid_backward(grad_y, x, params, key, active_levels, dtype, need_x, need_params)
 
     @staticmethod
     def backward(ctx, cotangent_x, cotangent_params):
-        cotangent_x, cotangent_params = (
-            c if given else None for c, given in zip((cotangent_x, cotangent_params), ctx.given)
-        )
+        key, active_levels, *given, backend = ctx.rest
+        cotangent_x, cotangent_params = (c if g else None for c, g in zip((cotangent_x, cotangent_params), given))
         if cotangent_x is None and cotangent_params is None:
-            return (None,) * 8
+            return (None,) * 9
         need_x, need_params = ctx.needs_input_grad[1:3]
         need_params = need_params and cotangent_x is not None  # grad_params does not depend on params
-        grads = _hash_grid_second(cotangent_x, cotangent_params, *ctx.saved_tensors, *ctx.rest, need_x, need_params)
-        return grads[0], grads[1] if need_x else None, grads[2] if need_params else None, *(None,) * 5
+        grads = _hash_grid_second(cotangent_x, cotangent_params, *ctx.saved_tensors, key, active_levels, need_x,
+                                  need_params, backend)
+        return grads[0], grads[1] if need_x else None, grads[2] if need_params else None, *[None] * 6
 
 
-class _HashGridGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, params, key, active_levels, dtype):
-        ctx.save_for_backward(x, params)
-        ctx.rest = key, active_levels, dtype
-        return _hash_grid_grad(x, params, key, active_levels, dtype)
+class _ValueAndGrad:
+    setup_context = _Value.setup_context
 
     @staticmethod
     def backward(ctx, grad_y, grad_jacobian):
         need_x, need_params = ctx.needs_input_grad[:2]
-        grad_x, grad_params = _hash_grid_grad_backward(grad_y, grad_jacobian, *ctx.saved_tensors, *ctx.rest, need_x,
-                                                       need_params)
-        return grad_x if need_x else None, grad_params if need_params else None, None, None, None
+        *rest, backend = ctx.rest
+        grad_x, grad_params = _hash_grid_grad_backward(grad_y, grad_jacobian, *ctx.saved_tensors, *rest, need_x,
+                                                       need_params, backend)
+        return grad_x if need_x else None, grad_params if need_params else None, *[None] * 4
 
 
-def _last_order(name):
-    """An autograd.Function around op `name` that refuses to be differentiated, where silence would mean zero."""
-
-    class LastOrder(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            return getattr(torch.ops.text3d, name)(*args)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            raise RuntimeError(f"{name}: derivatives of a higher order are only in use_backend('reference')")
-
-    return LastOrder
-
-
-_GRID = "Tensor x, Tensor params, str spec, SymInt active_levels, ScalarType dtype"
-_NEEDS = "bool need_x, bool need_params"
-_hash_grid = define(f"hash_grid({_GRID}) -> Tensor", _forward, _fake_forward, _HashGrid)
+_GRID = "Tensor x, Tensor params, Tensor? table, str spec, SymInt active_levels"
+_NEEDS = "bool need_x, bool need_params, str backend"
+_hash_grid = define(f"hash_grid({_GRID}, str backend) -> Tensor", _forward, _fake_forward, _Value, _check)
 _hash_grid_backward = define(f"hash_grid_backward(Tensor grad_y, {_GRID}, {_NEEDS}) -> (Tensor, Tensor)",
-                             _backward, _fake_backward, _HashGridBackward)
+                             _backward, _fake_backward, _ValueBackward, _check_backward)
 _hash_grid_second = define(f"hash_grid_second(Tensor? cotangent_x, Tensor? cotangent_params, Tensor grad_y, {_GRID}, "
                            f"{_NEEDS}) -> (Tensor, Tensor, Tensor)",
-                           _second, _fake_second, _last_order("hash_grid_second"))
-_hash_grid_grad = define(f"hash_grid_grad({_GRID}) -> (Tensor, Tensor)", _grad_forward, _fake_grad_forward,
-                         _HashGridGrad)
+                           _second, _fake_second, LastOrder("hash_grid_second"))
+_hash_grid_grad = define(f"hash_grid_grad({_GRID}, str backend) -> (Tensor, Tensor)", _grad_forward,
+                         _fake_grad_forward, _ValueAndGrad, _check)
 _hash_grid_grad_backward = define(
     f"hash_grid_grad_backward(Tensor grad_y, Tensor grad_jacobian, {_GRID}, {_NEEDS}) -> (Tensor, Tensor)",
-    _grad_backward, _fake_grad_backward, _last_order("hash_grid_grad_backward"))
+    _grad_backward, _fake_grad_backward, LastOrder("hash_grid_grad_backward"))

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_indices, require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import check_values, float_dtypes, require_indices, require_same_device, require_tensor
+from text3d_fast.ops.registration import LastOrder, define
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference.interpolate import interpolate as reference_interpolate
 from text3d_fast.reference.rasterize import decode_triangle_ids
 
 backends.declare("interpolate")
 
 
+@typed
 def interpolate(
     attr: torch.Tensor,
     rast: torch.Tensor,
@@ -32,26 +34,29 @@ def interpolate(
     and vertices of tri that do not exist, as far as pixels see them; on CUDA such pixels are background, or raise if
     the environment has TEXT3D_CHECK=1.
     """
-    dtypes = ()
-    if isinstance(attr, torch.Tensor) and backends.choose("interpolate", attr.device) != "reference":
-        dtypes = (torch.float32,)
-    batched = isinstance(attr, torch.Tensor) and attr.dim() == 3
+    chosen = _chosen(diff_attrs, attr.shape[-1] if attr.dim() else 0)
+    if chosen and rast_db is None:
+        raise ValueError("rast_db: expected a tensor, since diff_attrs asks for derivatives, got None")
+    backend = backends.choose("interpolate", attr.device)
+    arguments = (attr, rast, tri, rast_db if chosen else None, chosen)
+    if backend == "reference":
+        _check(*arguments, backend)
+        return reference_interpolate(*arguments)
+    return _interpolate(*arguments, backend)
+
+
+def _check(attr, rast, tri, rast_db, diff_attrs, backend):
+    dtypes = float_dtypes(backend)
+    batched = attr.dim() == 3
     shape = ("vertices", "attributes")
     require_tensor("attr", attr, ("batch", *shape) if batched else shape, *dtypes)
     require_tensor("rast", rast, ("batch", "height", "width", 4), *dtypes)
     require_tensor("tri", tri, ("triangles", 3), torch.int32)
     if batched and attr.shape[0] not in (1, rast.shape[0]):
         raise ValueError(f"attr: expected a batch of 1 or {rast.shape[0]} like rast, got {attr.shape[0]}")
-    chosen = _chosen(diff_attrs, attr.shape[-1])
-    if chosen and rast_db is None:
-        raise ValueError("rast_db: expected a tensor, since diff_attrs asks for derivatives, got None")
-    rast_db = rast_db if chosen else None
     if rast_db is not None:
         require_tensor("rast_db", rast_db, tuple(rast.shape), *dtypes)
-    device = require_same_device(attr=attr, rast=rast, tri=tri, rast_db=rast_db)
-    if backends.choose("interpolate", device) == "reference":
-        return reference_interpolate(attr, rast, tri, rast_db, chosen)
-    return _interpolate(attr, rast, tri, rast_db, chosen)
+    require_same_device(attr=attr, rast=rast, tri=tri, rast_db=rast_db)
 
 
 def _chosen(diff_attrs: Sequence[int] | str | None, attributes: int) -> list[int]:
@@ -61,7 +66,7 @@ def _chosen(diff_attrs: Sequence[int] | str | None, attributes: int) -> list[int
         if diff_attrs != "all":
             raise ValueError(f"diff_attrs: expected a list of indices, 'all' or None, got {diff_attrs!r}")
         return list(range(attributes))
-    chosen = [int(i) for i in diff_attrs]
+    chosen = list(diff_attrs)
     if any(not 0 <= i < attributes for i in chosen):
         raise ValueError(f"diff_attrs: expected indices from 0 to {attributes - 1}, got {chosen}")
     return chosen
@@ -80,24 +85,24 @@ def _sizes(attr, rast, tri, diff_attrs):
     return images, height * width, attr.shape[-2], tri.shape[0], attr.shape[-1], len(diff_attrs), int(shared)
 
 
-def _forward(attr, rast, tri, rast_db, diff_attrs):
+def _forward(attr, rast, tri, rast_db, diff_attrs, backend):
     attr, rast, tri = attr.contiguous(), rast.contiguous(), tri.contiguous()
     rast_db = None if rast_db is None else rast_db.contiguous()
     if native.runs_cuda_source(attr.device) and check_values():
         require_indices("tri", tri, attr.shape[-2])
         require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
-    out, out_da = _fake_forward(attr, rast, tri, rast_db, diff_attrs)
+    out, out_da = _fake_forward(attr, rast, tri, rast_db, diff_attrs, backend)
     native.call("interpolate_forward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), out, out_da,
                 *_sizes(attr, rast, tri, diff_attrs))
     return out, out_da
 
 
-def _fake_forward(attr, rast, tri, rast_db, diff_attrs):
+def _fake_forward(attr, rast, tri, rast_db, diff_attrs, backend):
     shape = rast.shape[:3]
     return attr.new_empty(*shape, attr.shape[-1]), attr.new_empty(*shape, 2 * len(diff_attrs))
 
 
-def _backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr):
+def _backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr, backend):
     grad_out, grad_da, attr, rast, tri = (x.contiguous() for x in (grad_out, grad_da, attr, rast, tri))
     rast_db = None if rast_db is None else rast_db.contiguous()
     in_order = want_attr and native.runs_cuda_source(attr.device) and torch.are_deterministic_algorithms_enabled()
@@ -133,40 +138,41 @@ def _add_in_order(grad_attr, grad_out, grad_da, rast, tri, rast_db, diff_attrs):
     grad_attr.view(-1, channels).index_put_((vertices.reshape(-1),), values.reshape(-1, channels), accumulate=True)
 
 
-def _fake_backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr):
+def _fake_backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr, backend):
     contiguous = torch.contiguous_format
     grad_attr = torch.empty_like(attr, memory_format=contiguous) if want_attr else attr.new_empty(0)
     grad_db = rast.new_empty(0) if rast_db is None else torch.empty_like(rast_db, memory_format=contiguous)
     return grad_attr, torch.empty_like(rast, memory_format=contiguous), grad_db
 
 
-class _Interpolate(torch.autograd.Function):
+class _Derivative:
     @staticmethod
-    def forward(ctx, attr, rast, tri, rast_db, diff_attrs):
-        ctx.save_for_backward(attr, rast, tri, rast_db)
-        ctx.diff_attrs = list(diff_attrs)
-        return _interpolate(attr, rast, tri, rast_db, diff_attrs)
+    def setup_context(ctx, inputs, outputs):
+        *tensors, ctx.diff_attrs, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_da):
         attr, rast, tri, rast_db = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         grad_attr, grad_rast, grad_db = _interpolate_backward(
-            grad_out, grad_da, attr, rast, tri, rast_db, ctx.diff_attrs, wanted[0]
+            grad_out, grad_da, attr, rast, tri, rast_db, ctx.diff_attrs, wanted[0], ctx.backend
         )
-        return grad_attr if wanted[0] else None, grad_rast, None, grad_db if rast_db is not None else None, None
+        return grad_attr if wanted[0] else None, grad_rast, None, grad_db if rast_db is not None else None, None, None
 
 
 _interpolate = define(
-    "interpolate(Tensor attr, Tensor rast, Tensor tri, Tensor? rast_db, int[] diff_attrs) -> (Tensor, Tensor)",
+    "interpolate(Tensor attr, Tensor rast, Tensor tri, Tensor? rast_db, int[] diff_attrs, str backend) "
+    "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    _Interpolate,
+    _Derivative,
+    _check,
 )
 _interpolate_backward = define(
     "interpolate_backward(Tensor grad_out, Tensor grad_da, Tensor attr, Tensor rast, Tensor tri, Tensor? rast_db, "
-    "int[] diff_attrs, bool want_attr) -> (Tensor, Tensor, Tensor)",
+    "int[] diff_attrs, bool want_attr, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    LastOrder("interpolate_backward"),
 )

@@ -6,9 +6,10 @@ from typing import Protocol
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
+from text3d_fast.ops.checks import check_values, float_dtypes, require_same_device, require_tensor
 from text3d_fast.ops.registration import define
 from text3d_fast.ops.samples import RaySamples
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference.march_rays import march_rays as reference_march_rays
 
 backends.declare("march_rays")
@@ -26,6 +27,7 @@ class Occupancy(Protocol):
     binaries: torch.Tensor
 
 
+@typed
 def march_rays(
     origins: torch.Tensor,
     directions: torch.Tensor,
@@ -56,39 +58,44 @@ def march_rays(
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, step <= 0 or cone_angle < 0.
     NaN or infinite rays: on a CPU ValueError; on a GPU no samples (TEXT3D_CHECK=1: ValueError).
     """
+    if capacity is not None and not 0 <= capacity < 2**31:
+        raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
     backend = backends.choose("march_rays", origins.device)
-    dtypes = () if backend == "reference" else (torch.float32,)
+    near_number, near_tensor = (0.0, near) if isinstance(near, torch.Tensor) else (near, None)
+    far_number, far_tensor = (0.0, far) if isinstance(far, torch.Tensor) else (far, None)
+    binaries, aabb, room = occupancy.binaries, occupancy.aabb, -1 if capacity is None else capacity
+    arguments = (origins, directions, binaries, aabb, near_tensor, far_tensor, jitter, near_number, far_number, step,
+                 cone_angle, room, backend)
+    if backend == "reference":
+        _check(*arguments)
+        *packed, overflow = reference_march_rays(origins, directions, binaries, aabb, near, far, jitter, step,
+                                                 cone_angle, room)
+    else:
+        *packed, overflow = _march_rays(*arguments)
+    return RaySamples(*packed, overflow=None if capacity is None else overflow)
+
+
+def _check(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity,
+           backend):
+    dtypes = float_dtypes(backend)
     require_tensor("origins", origins, ("rays", 3), *dtypes)
     rays = origins.shape[0]
     require_tensor("directions", directions, (rays, 3), *dtypes)
-    binaries, aabb = occupancy.binaries, occupancy.aabb
     require_tensor("occupancy.binaries", binaries, ("levels", "x", "y", "z"), torch.bool)
     require_tensor("occupancy.aabb", aabb, (6,), *dtypes)
-    tensors = {"near": near, "far": far, "jitter": jitter}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    for name, value in tensors.items():
-        require_tensor(name, value, (rays,), *dtypes)
-    require_same_device(origins=origins, directions=directions, binaries=binaries, aabb=aabb, **tensors)
+    for name, value in (("near", near), ("far", far), ("jitter", jitter)):
+        if value is not None:
+            require_tensor(name, value, (rays,), *dtypes)
+    require_same_device(origins=origins, directions=directions, near=near, far=far, jitter=jitter,
+                        **{"occupancy.binaries": binaries, "occupancy.aabb": aabb})
     if not 0 < step < math.inf:
         raise ValueError(f"step: expected a positive number, got {step}")
     if not 0 <= cone_angle < math.inf:
         raise ValueError(f"cone_angle: expected 0 or a positive number, got {cone_angle}")
-    if capacity is not None and not 0 <= capacity < 2**31:
-        raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
-
-    room = -1 if capacity is None else capacity
-    if backend == "reference":
-        *packed, overflow = reference_march_rays(origins, directions, binaries, aabb, near, far, jitter, step,
-                                                 cone_angle, room)
-    else:
-        near_number, near_tensor = (0.0, near) if isinstance(near, torch.Tensor) else (near, None)
-        far_number, far_tensor = (0.0, far) if isinstance(far, torch.Tensor) else (far, None)
-        *packed, overflow = _march_rays(origins, directions, binaries, aabb, near_tensor, far_tensor, jitter,
-                                        near_number, far_number, step, cone_angle, room)
-    return RaySamples(*packed, overflow=None if capacity is None else overflow)
 
 
-def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):
+def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity,
+           backend):
     device, rays = origins.device, origins.shape[0]
     levels, x, y, z = binaries.shape
     inputs = [None if t is None else t.contiguous() for t in (origins, directions, binaries, aabb, near, far, jitter)]
@@ -126,7 +133,8 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     return ids, starts, ends, offsets, overflow
 
 
-def _fake(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity):
+def _fake(origins, directions, binaries, aabb, near, far, jitter, near_number, far_number, step, cone_angle, capacity,
+          backend):
     size = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
     times = [origins.new_empty(size) for _ in range(2)]
     ids = origins.new_empty(size, dtype=torch.int32)
@@ -136,8 +144,9 @@ def _fake(origins, directions, binaries, aabb, near, far, jitter, near_number, f
 
 _march_rays = define(
     "march_rays(Tensor origins, Tensor directions, Tensor binaries, Tensor aabb, Tensor? near, Tensor? far, "
-    "Tensor? jitter, float near_number, float far_number, float step, float cone_angle, int capacity) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? jitter, float near_number, float far_number, float step, float cone_angle, int capacity, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _march,
     _fake,
+    check=_check,
 )

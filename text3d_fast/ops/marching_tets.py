@@ -3,14 +3,16 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import check_values, float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.tet_grid import TetGrid
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference.marching_tets import marching_tets as reference_marching_tets
 
 backends.declare("marching_tets")
 
 
+@typed
 def marching_tets(positions: torch.Tensor, sdf: torch.Tensor, grid: TetGrid) -> tuple[torch.Tensor, torch.Tensor]:
     """Extract the surface sdf = 0 as triangles (Doi and Koide 1991; differentiable as in DMTet, Shen et al. 2021).
 
@@ -30,19 +32,31 @@ def marching_tets(positions: torch.Tensor, sdf: torch.Tensor, grid: TetGrid) -> 
     under TEXT3D_CHECK=1; NaN is outside there).
     """
     backend = backends.choose("marching_tets", sdf.device)
-    dtypes = () if backend == "reference" else (torch.float32,)
-    require_tensor("positions", positions, (grid.num_vertices, 3), *dtypes)
-    require_tensor("sdf", sdf, (grid.num_vertices,), *dtypes)
-    require_same_device(positions=positions, sdf=sdf, grid=grid.positions)
     if backend == "reference":
+        _check(positions, sdf, grid.num_vertices, grid.positions, backend)
         if not bool(torch.isfinite(sdf.detach()).all()):
             raise ValueError(_NOT_FINITE)
         return reference_marching_tets(positions, sdf, grid.tets)
     if grid.kind == "kuhn":
-        return _kuhn(positions, sdf, *grid.resolution)[:2]
+        return _kuhn(positions, sdf, *grid.resolution, backend)[:2]
     differentiable = torch.is_grad_enabled() and (positions.requires_grad or sdf.requires_grad)
     incidence = grid.incidence if differentiable else [grid.edges.new_empty(0)] * 3  # the backward pass alone reads it
-    return _tets(positions, sdf, grid.tets, grid.edges, grid.tet_edges, *incidence)[:2]
+    return _tets(positions, sdf, grid.num_vertices, grid.tets, grid.edges, grid.tet_edges, *incidence, backend)[:2]
+
+
+def _check(positions, sdf, num_vertices, grid, backend):
+    dtypes = float_dtypes(backend)
+    require_tensor("positions", positions, (num_vertices, 3), *dtypes)
+    require_tensor("sdf", sdf, (num_vertices,), *dtypes)
+    require_same_device(positions=positions, sdf=sdf, grid=grid)
+
+
+def _check_kuhn(positions, sdf, nx, ny, nz, backend):
+    _check(positions, sdf, (nx + 1) * (ny + 1) * (nz + 1), None, backend)
+
+
+def _check_tets(positions, sdf, num_vertices, tets, edges, tet_edges, low_offsets, high_offsets, high_edges, backend):
+    _check(positions, sdf, num_vertices, tets, backend)
 
 
 _NOT_FINITE = "sdf: expected finite values, got NaN or infinity"
@@ -57,7 +71,7 @@ def _sizes(bad: torch.Tensor, *offsets: torch.Tensor) -> list[int]:
     return sizes
 
 
-def _kuhn_forward(positions, sdf, nx, ny, nz):
+def _kuhn_forward(positions, sdf, nx, ny, nz, backend):
     positions, sdf = positions.contiguous(), sdf.contiguous()
     words = (nx + 1) * (ny + 1) * ((nz + 64) // 64)
     signs = torch.empty(words, dtype=torch.int64, device=sdf.device)
@@ -72,7 +86,7 @@ def _kuhn_forward(positions, sdf, nx, ny, nz):
     return vertices, faces, signs, offsets[0].clone()
 
 
-def _fake_kuhn_forward(positions, sdf, nx, ny, nz):
+def _fake_kuhn_forward(positions, sdf, nx, ny, nz, backend):
     words = (nx + 1) * (ny + 1) * ((nz + 64) // 64)
     context = torch.library.get_ctx()
     vertices = positions.new_empty(context.new_dynamic_size(), 3)
@@ -80,7 +94,7 @@ def _fake_kuhn_forward(positions, sdf, nx, ny, nz):
     return vertices, faces, sdf.new_empty(words, dtype=torch.int64), sdf.new_empty(words + 1, dtype=torch.int32)
 
 
-def _kuhn_backward_kernel(grad, positions, sdf, signs, offsets, nx, ny, nz, with_positions):
+def _kuhn_backward_kernel(grad, positions, sdf, signs, offsets, nx, ny, nz, with_positions, backend):
     grad, positions, sdf = grad.contiguous(), positions.contiguous(), sdf.contiguous()
     grad_sdf = torch.zeros_like(sdf)
     grad_positions = torch.zeros_like(positions) if with_positions else positions.new_empty(0, 3)
@@ -90,34 +104,32 @@ def _kuhn_backward_kernel(grad, positions, sdf, signs, offsets, nx, ny, nz, with
 
 
 def _fake_backward(grad, positions, sdf, *rest):
-    grad_positions = positions.new_empty(positions.shape if rest[-1] else (0, 3))
+    grad_positions = positions.new_empty(positions.shape if rest[-2] else (0, 3))
     return grad_positions, sdf.new_empty(sdf.shape)
 
 
-class _Kuhn(torch.autograd.Function):
+class _KuhnDerivative:
     @staticmethod
-    def forward(ctx, positions, sdf, nx, ny, nz):
-        vertices, faces, signs, offsets = _kuhn(positions, sdf, nx, ny, nz)
-        ctx.save_for_backward(positions, sdf, signs, offsets)
-        ctx.resolution = (nx, ny, nz)
-        ctx.mark_non_differentiable(faces, signs, offsets)
-        return vertices, faces, signs, offsets
+    def setup_context(ctx, inputs, outputs):
+        positions, sdf, *ctx.resolution, ctx.backend = inputs
+        ctx.save_for_backward(positions, sdf, *outputs[2:])
+        ctx.mark_non_differentiable(*outputs[1:])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         with_positions = ctx.needs_input_grad[0]
-        grad_positions, grad_sdf = _kuhn_backward(grad, *ctx.saved_tensors, *ctx.resolution, with_positions)
-        return grad_positions if with_positions else None, grad_sdf, None, None, None
+        grad_positions, grad_sdf = _kuhn_backward(grad, *ctx.saved_tensors, *ctx.resolution, with_positions,
+                                                  ctx.backend)
+        return grad_positions if with_positions else None, grad_sdf, *[None] * 4
 
 
 def _word_count(n):
     return (n + 63) // 64
 
 
-def _tets_forward(positions, sdf, tets, edges, tet_edges, low_offsets, high_offsets, high_edges):
+def _tets_forward(positions, sdf, num_vertices, tets, edges, tet_edges, low_offsets, high_offsets, high_edges, backend):
     positions, sdf = positions.contiguous(), sdf.contiguous()
-    num_vertices, num_tets, num_edges = len(sdf), len(tets), len(edges)
+    num_tets, num_edges = len(tets), len(edges)
     signs = torch.empty(_word_count(num_vertices), dtype=torch.int64, device=sdf.device)
     crossing = torch.empty(_word_count(num_edges), dtype=torch.int64, device=sdf.device)
     triangles = torch.empty(2, _word_count(num_tets), dtype=torch.int64, device=sdf.device)
@@ -136,7 +148,7 @@ def _tets_forward(positions, sdf, tets, edges, tet_edges, low_offsets, high_offs
     return vertices, faces, crossing, edge_offsets
 
 
-def _fake_tets_forward(positions, sdf, tets, edges, *rest):
+def _fake_tets_forward(positions, sdf, num_vertices, tets, edges, *rest):
     words, context = _word_count(edges.shape[0]), torch.library.get_ctx()
     vertices = positions.new_empty(context.new_dynamic_size(), 3)
     faces = sdf.new_empty(context.new_dynamic_size(), 3, dtype=torch.int32)
@@ -144,7 +156,7 @@ def _fake_tets_forward(positions, sdf, tets, edges, *rest):
 
 
 def _tets_backward_kernel(grad, positions, sdf, edges, low_offsets, high_offsets, high_edges, crossing, edge_offsets,
-                          with_positions):
+                          with_positions, backend):
     grad, positions, sdf = grad.contiguous(), positions.contiguous(), sdf.contiguous()
     grad_sdf = sdf.new_empty(sdf.shape)
     grad_positions = positions.new_empty(positions.shape if with_positions else (0, 3))
@@ -153,45 +165,48 @@ def _tets_backward_kernel(grad, positions, sdf, edges, low_offsets, high_offsets
     return grad_positions, grad_sdf
 
 
-class _Tets(torch.autograd.Function):
+class _TetsDerivative:
     @staticmethod
-    def forward(ctx, positions, sdf, tets, edges, tet_edges, *incidence):
-        vertices, faces, crossing, offsets = _tets(positions, sdf, tets, edges, tet_edges, *incidence)
-        ctx.save_for_backward(positions, sdf, edges, *incidence, crossing, offsets)
-        ctx.mark_non_differentiable(faces, crossing, offsets)
-        return vertices, faces, crossing, offsets
+    def setup_context(ctx, inputs, outputs):
+        positions, sdf, _, _, edges, _, *incidence, ctx.backend = inputs
+        ctx.save_for_backward(positions, sdf, edges, *incidence, *outputs[2:])
+        ctx.mark_non_differentiable(*outputs[1:])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         with_positions = ctx.needs_input_grad[0]
-        grad_positions, grad_sdf = _tets_backward(grad, *ctx.saved_tensors, with_positions)
-        return grad_positions if with_positions else None, grad_sdf, *[None] * 6
+        grad_positions, grad_sdf = _tets_backward(grad, *ctx.saved_tensors, with_positions, ctx.backend)
+        return grad_positions if with_positions else None, grad_sdf, *[None] * 8
 
 
 _kuhn = define(
-    "marching_tets_kuhn(Tensor positions, Tensor sdf, int nx, int ny, int nz) -> (Tensor, Tensor, Tensor, Tensor)",
+    "marching_tets_kuhn(Tensor positions, Tensor sdf, int nx, int ny, int nz, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _kuhn_forward,
     _fake_kuhn_forward,
-    _Kuhn,
+    _KuhnDerivative,
+    _check_kuhn,
 )
 _kuhn_backward = define(
     "marching_tets_kuhn_backward(Tensor grad, Tensor positions, Tensor sdf, Tensor signs, Tensor offsets, int nx, "
-    "int ny, int nz, bool with_positions) -> (Tensor, Tensor)",
+    "int ny, int nz, bool with_positions, str backend) -> (Tensor, Tensor)",
     _kuhn_backward_kernel,
     _fake_backward,
+    LastOrder("marching_tets_kuhn_backward"),
 )
 _tets = define(
-    "marching_tets(Tensor positions, Tensor sdf, Tensor tets, Tensor edges, Tensor tet_edges, Tensor low_offsets, "
-    "Tensor high_offsets, Tensor high_edges) -> (Tensor, Tensor, Tensor, Tensor)",
+    "marching_tets(Tensor positions, Tensor sdf, SymInt num_vertices, Tensor tets, Tensor edges, Tensor tet_edges, "
+    "Tensor low_offsets, Tensor high_offsets, Tensor high_edges, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _tets_forward,
     _fake_tets_forward,
-    _Tets,
+    _TetsDerivative,
+    _check_tets,
 )
 _tets_backward = define(
     "marching_tets_backward(Tensor grad, Tensor positions, Tensor sdf, Tensor edges, Tensor low_offsets, "
-    "Tensor high_offsets, Tensor high_edges, Tensor crossing, Tensor edge_offsets, bool with_positions) "
+    "Tensor high_offsets, Tensor high_edges, Tensor crossing, Tensor edge_offsets, bool with_positions, str backend) "
     "-> (Tensor, Tensor)",
     _tets_backward_kernel,
     _fake_backward,
+    LastOrder("marching_tets_backward"),
 )

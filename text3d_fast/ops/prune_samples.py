@@ -5,10 +5,11 @@ import math
 
 import torch
 
-from text3d_fast.ops.checks import require_same_device, require_tensor
-from text3d_fast.ops.samples import RaySamples
+from text3d_fast.ops.samples import RaySamples, check_samples
+from text3d_fast.ops.typed import typed
 
 
+@typed
 @torch.no_grad()
 def prune_samples(
     samples: RaySamples,
@@ -33,8 +34,7 @@ def prune_samples(
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     count = samples.num_samples
-    require_tensor("sigma", sigma, (count,))
-    require_same_device(sigma=sigma, t_starts=samples.t_starts)
+    check_samples(sigma, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets)
     if not 0 <= early_stop < 1:
         raise ValueError(f"early_stop: expected a number in [0, 1), got {early_stop}")
     if not 0 <= alpha_threshold < 1:

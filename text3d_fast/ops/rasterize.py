@@ -3,14 +3,23 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_finite, require_indices, require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import (
+    check_values,
+    float_dtypes,
+    require_finite,
+    require_indices,
+    require_same_device,
+    require_tensor,
+)
+from text3d_fast.ops.registration import LastOrder, define
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference import rasterize as reference
 
 backends.declare("rasterize")
 LARGEST_SIZE = reference.LARGEST_SIZE
 
 
+@typed
 def rasterize(
     pos: torch.Tensor,
     tri: torch.Tensor,
@@ -39,46 +48,45 @@ def rasterize(
     range and for NaN or infinite positions; on CUDA triangles with such vertices are not drawn, or raise if the
     environment has TEXT3D_CHECK=1.
     """
-    rast, rast_db, _ = _dispatch(pos, tri, _checked(pos, tri, resolution, ranges), ranges, grad_db, None, False)
-    return rast, rast_db
+    backend = backends.choose("rasterize", pos.device)
+    return _layer(pos, tri, ranges, None, resolution, grad_db, False, backend)[:2]
 
 
-def _checked(pos, tri, resolution, ranges) -> tuple[int, int]:
-    instanced = isinstance(pos, torch.Tensor) and pos.dim() == 3
-    require_tensor("pos", pos, ("batch", "vertices", 4) if instanced else ("vertices", 4))
-    if backends.choose("rasterize", pos.device) != "reference":
-        require_tensor("pos", pos, tuple(pos.shape), torch.float32)
+def _layer(pos, tri, ranges, previous, resolution, grad_db, want_keys, backend):
+    arguments = (pos, tri, ranges, previous, *resolution, grad_db, want_keys, backend)
+    if backend != "reference":
+        return _rasterize(*arguments)
+    _check(*arguments)
+    _check_ranges(ranges, tri)
+    require_indices("tri", tri, pos.shape[-2])
+    return reference.rasterize(pos, tri, resolution, ranges, grad_db, previous)
+
+
+def _check(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):
+    instanced = pos.dim() == 3
+    require_tensor("pos", pos, ("batch", "vertices", 4) if instanced else ("vertices", 4), *float_dtypes(backend))
     require_tensor("tri", tri, ("triangles", 3), torch.int32)
-    require_same_device(pos=pos, tri=tri)
+    require_same_device(pos=pos, tri=tri, previous=previous)
     if tri.shape[0] > reference.LARGEST_ID:
         raise ValueError(f"tri: expected at most {reference.LARGEST_ID} triangles, got {tri.shape[0]}")
-    try:
-        height, width = resolution
-    except (TypeError, ValueError):
-        raise TypeError(f"resolution: expected two integers (height, width), got {resolution!r}") from None
     if not (0 <= height <= LARGEST_SIZE and 0 <= width <= LARGEST_SIZE):
         raise ValueError(f"resolution: expected sizes from 0 to {LARGEST_SIZE}, got {height} x {width}")
     if instanced:
         if ranges is not None:
             raise ValueError("ranges: expected None for pos of shape [batch, vertices, 4], got a tensor")
-        return height, width
+        return
     if ranges is None:
         raise ValueError("ranges: expected an int32 tensor [batch, 2] for pos of shape [vertices, 4], got None")
     require_tensor("ranges", ranges, ("batch", 2), torch.int32)
-    if ranges.device.type != "cpu":
+    if ranges.device.type != ("meta" if pos.device.type == "meta" else "cpu"):
         raise ValueError(f"ranges: expected device cpu, got {ranges.device}")
-    if torch.compiler.is_compiling() or ranges.numel() == 0:
-        return height, width
+
+
+def _check_ranges(ranges, tri):
+    if ranges is None or ranges.numel() == 0:
+        return
     if int(ranges.min()) < 0 or int(ranges.long().sum(1).max()) > tri.shape[0]:
         raise ValueError(f"ranges: expected (start, count) within {tri.shape[0]} triangles, got {ranges.tolist()}")
-    return height, width
-
-
-def _dispatch(pos, tri, resolution, ranges, grad_db, previous, want_keys):
-    if backends.choose("rasterize", pos.device) == "reference":
-        require_indices("tri", tri, pos.shape[-2])
-        return reference.rasterize(pos, tri, resolution, ranges, grad_db, previous)
-    return _rasterize(pos, tri, ranges, previous, *resolution, grad_db, want_keys)
 
 
 class DepthPeeler:
@@ -91,6 +99,7 @@ class DepthPeeler:
     none is lost. Beyond the last layer everything is background.
     """
 
+    @typed
     def __init__(
         self,
         pos: torch.Tensor,
@@ -99,7 +108,9 @@ class DepthPeeler:
         ranges: torch.Tensor | None = None,
         grad_db: bool = True,
     ):
-        self._arguments = pos, tri, _checked(pos, tri, resolution, ranges), ranges, grad_db
+        backend = backends.choose("rasterize", pos.device)
+        _check(pos, tri, ranges, None, *resolution, grad_db, True, backend)
+        self._arguments = pos, tri, ranges, resolution, grad_db, backend
         self._keys: torch.Tensor | None = None
         self._open = False
 
@@ -114,17 +125,20 @@ class DepthPeeler:
         """rast and rast_db of the next layer. Raises RuntimeError outside of the `with` block."""
         if not self._open:
             raise RuntimeError("DepthPeeler: rasterize_next_layer works only within `with DepthPeeler(...) as peeler:`")
-        rast, rast_db, self._keys = _dispatch(*self._arguments, self._keys, True)
+        pos, tri, ranges, resolution, grad_db, backend = self._arguments
+        rast, rast_db, self._keys = _layer(pos, tri, ranges, self._keys, resolution, grad_db, True, backend)
         return rast, rast_db
 
 
-def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):
+def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):
+    _check_ranges(ranges, tri)
     pos, tri = pos.contiguous(), tri.contiguous()
     on_gpu = native.runs_cuda_source(pos.device)
     if on_gpu and check_values():
         require_indices("tri", tri, pos.shape[-2])
         require_finite("pos", pos)
-    rast, rast_db, keys = _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys or on_gpu)
+    rast, rast_db, keys = _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys or on_gpu,
+                                        backend)
     instanced, vertices = pos.dim() == 3, pos.shape[-2]
     largest = tri.shape[0] if instanced else int(ranges[:, 1].max()) if ranges.numel() else 0
     snapped = pos.new_empty(pos.shape, dtype=torch.int32)
@@ -137,14 +151,14 @@ def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):
     return rast, rast_db, keys if want_keys else keys.new_empty(0)
 
 
-def _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys):
+def _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):
     batch = pos.shape[0] if pos.dim() == 3 else ranges.shape[0]
     rast = pos.new_empty(batch, height, width, 4)
     shape = (batch, height, width) if want_keys else (0,)
     return rast, pos.new_empty(batch, height, width, 4), pos.new_empty(shape, dtype=torch.int64)
 
 
-def _backward(grad_rast, grad_db, pos, tri, rast):
+def _backward(grad_rast, grad_db, pos, tri, rast, backend):
     grad_rast, pos, tri, rast = (x.contiguous() for x in (grad_rast, pos, tri, rast))
     grad_db = None if grad_db is None else grad_db.contiguous()
     grad_pos = torch.zeros_like(pos)
@@ -169,41 +183,42 @@ def _add_in_order(grad_pos, by_pixel, tri, rast):
     grad_pos.view(-1, 4).index_put_((vertices.reshape(-1),), by_pixel.view(-1, 4), accumulate=True)
 
 
-def _fake_backward(grad_rast, grad_db, pos, tri, rast):
+def _fake_backward(grad_rast, grad_db, pos, tri, rast, backend):
     return torch.empty_like(pos, memory_format=torch.contiguous_format)
 
 
-class _Rasterize(torch.autograd.Function):
+class _Derivative:
     @staticmethod
-    def forward(ctx, pos, tri, ranges, previous, height, width, grad_db, want_keys):
-        rast, rast_db, keys = _rasterize(pos, tri, ranges, previous, height, width, grad_db, want_keys)
+    def setup_context(ctx, inputs, outputs):
+        pos, tri, *_, ctx.grad_db, _, ctx.backend = inputs
+        rast, rast_db, keys = outputs
         ctx.save_for_backward(pos, tri, rast)
-        ctx.grad_db = grad_db
-        ctx.mark_non_differentiable(keys, *(() if grad_db else (rast_db,)))
+        ctx.mark_non_differentiable(keys, *(() if ctx.grad_db else (rast_db,)))
         ctx.set_materialize_grads(False)
-        return rast, rast_db, keys
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rast, grad_db, _):
-        nothing = None, None, None, None, None, None, None
+        nothing = (None,) * 8
         if grad_rast is None and grad_db is None:
             return None, *nothing
         pos, tri, rast = ctx.saved_tensors
         if grad_rast is None:
             grad_rast = torch.zeros_like(rast)
-        return _rasterize_backward(grad_rast, grad_db if ctx.grad_db else None, pos, tri, rast), *nothing
+        grad_pos = _rasterize_backward(grad_rast, grad_db if ctx.grad_db else None, pos, tri, rast, ctx.backend)
+        return grad_pos, *nothing
 
 
 _rasterize = define(
     "rasterize(Tensor pos, Tensor tri, Tensor? ranges, Tensor? previous, SymInt height, SymInt width, bool grad_db, "
-    "bool want_keys) -> (Tensor, Tensor, Tensor)",
+    "bool want_keys, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
-    _Rasterize,
+    _Derivative,
+    _check,
 )
 _rasterize_backward = define(
-    "rasterize_backward(Tensor grad_rast, Tensor? grad_db, Tensor pos, Tensor tri, Tensor rast) -> Tensor",
+    "rasterize_backward(Tensor grad_rast, Tensor? grad_db, Tensor pos, Tensor tri, Tensor rast, str backend) -> Tensor",
     _backward,
     _fake_backward,
+    LastOrder("rasterize_backward"),
 )

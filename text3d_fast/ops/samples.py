@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from text3d_fast.ops.checks import require_same_device, require_tensor
+
 
 @dataclass
 class RaySamples:
@@ -40,3 +42,24 @@ class RaySamples:
         """The samples' middles [S, 3] on rays with these origins and directions [R, 3]; differentiable in all."""
         ids = self.ray_ids
         return torch.addcmul(origins.index_select(0, ids), directions.index_select(0, ids), self.t_middles[:, None])
+
+
+def check_samples(
+    sigma: torch.Tensor,
+    t_starts: torch.Tensor,
+    t_ends: torch.Tensor,
+    ray_ids: torch.Tensor,
+    ray_offsets: torch.Tensor,
+    *dtypes: torch.dtype,
+) -> None:
+    """Raise ValueError or TypeError unless these are samples with densities `sigma` of one of these dtypes."""
+    require_tensor("samples.t_starts", t_starts, ("samples",), *dtypes)
+    count = t_starts.shape[0]
+    require_tensor("sigma", sigma, (count,), *dtypes)
+    require_tensor("samples.t_ends", t_ends, (count,), *dtypes)
+    require_tensor("samples.ray_ids", ray_ids, (count,), torch.int32)
+    require_tensor("samples.ray_offsets", ray_offsets, ("rays + 1",), torch.int32)
+    if ray_offsets.shape[0] == 0:
+        raise ValueError("samples.ray_offsets: expected shape [rays + 1], got [0]")
+    require_same_device(sigma=sigma, **{"samples.t_starts": t_starts, "samples.t_ends": t_ends,
+                                        "samples.ray_ids": ray_ids, "samples.ray_offsets": ray_offsets})

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from text3d_fast.ops.checks import require_same_device, require_tensor
+from text3d_fast.ops.typed import typed
 
 # The corners of a tet's six edges. Part of the public order: edge ids of a triangle refer to it.
 TET_EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -43,6 +44,7 @@ class TetGrid:
         self._known: dict[str, torch.Tensor] = {} if tets is None else {"tets": tets}
 
     @classmethod
+    @typed
     def kuhn(cls, resolution: int | tuple[int, int, int], device: torch.device | str | None = None) -> "TetGrid":
         """Six tets a cube around its main diagonal (Freudenthal 1942, Kuhn 1960).
 
@@ -50,15 +52,16 @@ class TetGrid:
         C order of (x, y, z). Raises ValueError for a resolution below 1 or more than 2^31 - 1 triangles at worst.
         """
         cells = (resolution,) * 3 if isinstance(resolution, int) else tuple(resolution)
-        if len(cells) != 3 or any(not isinstance(n, int) or n < 1 for n in cells):
+        if min(cells) < 1:
             raise ValueError(f"resolution: expected a positive int or three of them, got {resolution!r}")
         if 12 * cells[0] * cells[1] * cells[2] >= 2**31:
             raise ValueError(f"resolution: {cells} may give more triangles than int32 counts; at most 563^3 cells")
-        axes = [torch.linspace(-1, 1, n + 1, device=device) for n in cells]
+        axes = [torch.linspace(-1, 1, n + 1, dtype=torch.float32, device=device) for n in cells]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
         return cls("kuhn", positions, cells)
 
     @classmethod
+    @typed
     def a15(cls, resolution: int, device: torch.device | str | None = None) -> "TetGrid":
         """The A15 lattice, whose tets are nearly regular (the interior of the Quartet grids that nvdiffrec ships).
 
@@ -66,12 +69,13 @@ class TetGrid:
         At its faces the box [-1, 1]^3 cuts the lattice exactly at the middle of edges that cross it, so that the grid
         fills the box and every tet is whole or half. Vertices are in lexicographic order of (x, y, z).
         """
-        if not isinstance(resolution, int) or resolution < 4 or resolution % 4:
+        if resolution < 4 or resolution % 4:
             raise ValueError(f"resolution: expected a positive multiple of 4, got {resolution!r}")
         positions, tets = _a15(resolution)
         return cls("a15", torch.from_numpy(positions).to(device), None, torch.from_numpy(tets).to(device))
 
     @classmethod
+    @typed
     def from_tets(cls, positions: torch.Tensor, tets: torch.Tensor) -> "TetGrid":
         """Any conforming tets.
 
@@ -132,6 +136,7 @@ class TetGrid:
         """
         return self._get("low_offsets", "high_offsets", "high_edges")
 
+    @typed
     def crossing_edges(self, sdf: torch.Tensor) -> torch.Tensor:
         """int32 [N, 2]: the edges (smaller, larger vertex) on which `marching_tets` puts its vertices, in its order."""
         inside = sdf > 0

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, require_same_device, require_tensor
-from text3d_fast.ops.registration import define
+from text3d_fast.ops.checks import check_values, float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.registration import LastOrder, define
+from text3d_fast.ops.typed import typed
 from text3d_fast.reference.texture import BOUNDARIES, FILTERS, downsample
 from text3d_fast.reference.texture import texture as reference_texture
 
@@ -14,6 +15,7 @@ MAX_MIPS = 16
 backends.declare("texture")
 
 
+@typed
 def mip_stack(
     tex: torch.Tensor, max_mip_level: int | None = None, *, boundary_mode: str = "wrap"
 ) -> list[torch.Tensor]:
@@ -36,6 +38,7 @@ def mip_stack(
     return levels
 
 
+@typed
 def texture(
     tex: torch.Tensor,
     uv: torch.Tensor,
@@ -72,41 +75,59 @@ def texture(
     if max_mip_level is not None and max_mip_level < 0:
         raise ValueError(f"max_mip_level: expected at least 0, got {max_mip_level}")
 
-    require_tensor("uv", uv, ("batch", "height", "width", 3 if cube else 2))
     backend = backends.choose("texture", uv.device)
-    dtypes = () if backend == "reference" else (torch.float32,)
-    require_tensor("uv", uv, ("batch", "height", "width", 3 if cube else 2), *dtypes)
-    batch, height, width, axes = uv.shape
-    shape = ("batch", 6, "size", "size", "channels") if cube else ("batch", "height", "width", "channels")
-    require_tensor("tex", tex, shape, *dtypes)
-    if tex.shape[0] not in (1, batch):
-        raise ValueError(f"tex: expected a batch of 1 or {batch}, got {tex.shape[0]}")
-    if cube and tex.shape[2] != tex.shape[3]:
-        raise ValueError(f"tex: expected square cube faces, got {tex.shape[2]} x {tex.shape[3]}")
-    if 0 in tex.shape[-3:-1]:
-        raise ValueError(f"tex: expected at least one texel, got shape {list(tex.shape)}")
     mips = [tex]
     if "mipmap" in filter_mode:
         if uv_da is None and mip_level_bias is None:
             raise ValueError(f"uv_da: filter_mode {filter_mode} needs uv_da or mip_level_bias, got neither")
+        _check_base(tex, cube, backend)
         mips += list(mip) if mip is not None else mip_stack(tex, max_mip_level, boundary_mode=boundary_mode)
         if len(mips) > MAX_MIPS:
             raise ValueError(f"mip: expected at most {MAX_MIPS - 1} levels, got {len(mips) - 1}")
         if max_mip_level is not None:
             mips = mips[: max_mip_level + 1]
-        for i, level in enumerate(mips[1:], 1):
-            require_tensor(f"mip[{i - 1}]", level, (*shape[:-1], tex.shape[-1]), *dtypes)
-        if uv_da is not None:
-            require_tensor("uv_da", uv_da, (batch, height, width, 2 * axes), *dtypes)
-        if mip_level_bias is not None:
-            require_tensor("mip_level_bias", mip_level_bias, (batch, height, width), *dtypes)
     else:
         uv_da = mip_level_bias = None
-    stack = {f"mips[{i}]": level for i, level in enumerate(mips)}
-    require_same_device(uv=uv, uv_da=uv_da, mip_level_bias=mip_level_bias, **stack)
+    arguments = (mips, uv, uv_da, mip_level_bias, FILTERS.index(filter_mode), BOUNDARIES.index(boundary_mode), backend)
     if backend == "reference":
+        _check(*arguments)
         return reference_texture(mips, uv, uv_da, mip_level_bias, filter_mode, boundary_mode)
-    return _texture(mips, uv, uv_da, mip_level_bias, FILTERS.index(filter_mode), BOUNDARIES.index(boundary_mode))
+    return _texture(*arguments)
+
+
+def _check_base(tex, cube, backend):
+    shape = ("batch", 6, "size", "size", "channels") if cube else ("batch", "height", "width", "channels")
+    require_tensor("tex", tex, shape, *float_dtypes(backend))
+    if cube and tex.shape[2] != tex.shape[3]:
+        raise ValueError(f"tex: expected square cube faces, got {tex.shape[2]} x {tex.shape[3]}")
+    if 0 in tex.shape[-3:-1]:
+        raise ValueError(f"tex: expected at least one texel, got shape {list(tex.shape)}")
+
+
+def _check(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
+    tex, *others = mips
+    cube, dtypes = BOUNDARIES[boundary_mode] == "cube", float_dtypes(backend)
+    axes = 3 if cube else 2
+    _check_base(tex, cube, backend)
+    require_tensor("uv", uv, ("batch", "height", "width", axes), *dtypes)
+    batch, height, width, _ = uv.shape
+    if tex.shape[0] not in (1, batch):
+        raise ValueError(f"tex: expected a batch of 1 or {batch}, got {tex.shape[0]}")
+    for i, level in enumerate(others):
+        rest = (6, "size", "size") if cube else ("height", "width")
+        require_tensor(f"mip[{i}]", level, ("batch", *rest, tex.shape[-1]), *dtypes)
+        if level.shape[0] not in (1, batch):
+            raise ValueError(f"mip[{i}]: expected a batch of 1 or {batch}, got {level.shape[0]}")
+        if cube and level.shape[2] != level.shape[3]:
+            raise ValueError(f"mip[{i}]: expected square cube faces, got {level.shape[2]} x {level.shape[3]}")
+        if 0 in level.shape[-3:-1]:
+            raise ValueError(f"mip[{i}]: expected at least one texel, got shape {list(level.shape)}")
+    if uv_da is not None:
+        require_tensor("uv_da", uv_da, (batch, height, width, 2 * axes), *dtypes)
+    if bias is not None:
+        require_tensor("mip_level_bias", bias, (batch, height, width), *dtypes)
+    require_same_device(tex=tex, uv=uv, uv_da=uv_da, mip_level_bias=bias,
+                        **{f"mip[{i}]": level for i, level in enumerate(others)})
 
 
 def _levels(mips):
@@ -118,9 +139,9 @@ def _contiguous(x):
     return None if x is None else x.contiguous()
 
 
-def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
+def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
     mips = [m.contiguous() for m in mips]
-    out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode)
+    out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend)
     watched = uv.device.type == "cpu" or check_values()
     bad = torch.zeros(1, dtype=torch.int32, device=uv.device) if watched else None
     native.call("texture_forward", mips, *_levels(mips), uv.contiguous(), _contiguous(uv_da), _contiguous(bias), out,
@@ -130,13 +151,13 @@ def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
     return out
 
 
-def _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode):
+def _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
     return uv.new_empty(*uv.shape[:3], mips[0].shape[-1])
 
 
-def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted):
+def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend):
     mips, uv = [m.contiguous() for m in mips], uv.contiguous()
-    grad_mips, *others = _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted)
+    grad_mips, *others = _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend)
     for g in grad_mips:
         g.zero_()
     fields = [g if g.numel() else None for g in others]
@@ -146,46 +167,68 @@ def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted):
     return grad_mips, *others
 
 
-def _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted):
+def _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend):
     grad_mips = [torch.empty_like(m) if w else m.new_empty(0) for m, w in zip(mips, wanted[3:])]
     shapes = [x.shape if w and x is not None else (0,) for x, w in zip((uv, uv_da, bias), wanted)]
     return grad_mips, *(uv.new_empty(shape) for shape in shapes)
 
 
-class _Texture(torch.autograd.Function):
+class _Derivative:
     @staticmethod
-    def forward(ctx, uv, uv_da, bias, filter_mode, boundary_mode, *mips):
-        ctx.save_for_backward(uv, uv_da, bias, *mips)
-        ctx.modes = filter_mode, boundary_mode
-        return _texture(list(mips), uv, uv_da, bias, filter_mode, boundary_mode)
+    def flatten(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
+        return uv, uv_da, bias, filter_mode, boundary_mode, backend, *mips
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def unflatten(flat):
+        uv, uv_da, bias, filter_mode, boundary_mode, backend, *mips = flat
+        return mips, uv, uv_da, bias, filter_mode, boundary_mode, backend
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        uv, uv_da, bias, *ctx.modes, ctx.backend = inputs[:6]
+        ctx.save_for_backward(uv, uv_da, bias, *inputs[6:])
+
+    @staticmethod
     def backward(ctx, grad):
         uv, uv_da, bias, *mips = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:]]
-        grad_mips, *others = _texture_backward(grad, mips, uv, uv_da, bias, *ctx.modes, wanted)
+        wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
+        grad_mips, *others = _texture_backward(grad, mips, uv, uv_da, bias, *ctx.modes, wanted, ctx.backend)
         chosen = [g if w else None for g, w in zip((*others, *grad_mips), wanted)]
-        return *chosen[:3], None, None, *chosen[3:]
+        return *chosen[:3], None, None, None, *chosen[3:]
 
 
-class _Entry:
-    """autograd.Function follows tensors, not lists of them: spread the stack out."""
+class _LastOrder(LastOrder):
+    @staticmethod
+    def flatten(grad, mips, *rest):
+        return grad, *rest, *mips
 
     @staticmethod
-    def apply(mips, uv, uv_da, bias, filter_mode, boundary_mode):
-        return _Texture.apply(uv, uv_da, bias, filter_mode, boundary_mode, *mips)
+    def unflatten(flat):
+        grad, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend, *mips = flat
+        return grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend
+
+    @staticmethod
+    def flatten_output(grad_mips, *others):
+        return *others, *grad_mips
+
+    @staticmethod
+    def unflatten_output(flat):
+        grad_uv, grad_uv_da, grad_bias, *grad_mips = flat
+        return grad_mips, grad_uv, grad_uv_da, grad_bias
 
 
 _texture = define(
-    "texture(Tensor[] mips, Tensor uv, Tensor? uv_da, Tensor? bias, int filter_mode, int boundary_mode) -> Tensor",
+    "texture(Tensor[] mips, Tensor uv, Tensor? uv_da, Tensor? bias, int filter_mode, int boundary_mode, str backend) "
+    "-> Tensor",
     _forward,
     _fake_forward,
-    _Entry,
+    _Derivative,
+    _check,
 )
 _texture_backward = define(
     "texture_backward(Tensor grad, Tensor[] mips, Tensor uv, Tensor? uv_da, Tensor? bias, int filter_mode, "
-    "int boundary_mode, bool[] wanted) -> (Tensor[], Tensor, Tensor, Tensor)",
+    "int boundary_mode, bool[] wanted, str backend) -> (Tensor[], Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    _LastOrder("texture_backward"),
 )

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_vsd.py --benchmark-only                   time; on a CPU with a small U-Net
     python benchmarks/bench_vsd.py --flops                            FLOPs at Stable Diffusion 2.1's shape, 512^2
-    python benchmarks/bench_vsd.py --variant reused [--latent 32]     time and memory there, one variant a process
+    python benchmarks/bench_vsd.py --variants separate reused [--latent 32]     time and memory there
 
 A step is the VSD gradient on x (no renderer, no encoder) and one update of the LoRA; one image, guidance weight 6.5.
 "zero row" is what the other open implementation evaluates: a second row of the LoRA, multiplied by zero afterwards.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import datetime
 import subprocess
 import time
@@ -137,27 +138,29 @@ def flops(latent: int) -> None:
                tflop=round(counter.get_total_flops() / 1e12, 3), ms="", mib="", threads="")
 
 
-def measure(variant: str, latent: int, repeats: int) -> None:
-    """Wall milliseconds of a step (the best), and MiB above the model at its peak."""
+def measure(variants: list[str], latent: int, repeats: int) -> None:
+    """Wall milliseconds of a step (the best), and MiB above the model at its peak, of each variant."""
     device = device_here()
     check(device)
     prior = RandomPrior(FULL, device, torch.float16 if device.type == "cuda" else torch.float32)
-    step = one_step(prior, variant, latent)
-    step()  # the libraries' own buffers
-    if device.type == "cuda":
-        base = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        base = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
-    record(case=f"SD2.1 U-Net, latents {latent}^2", variant=variant, tflop="", ms=round(1000 * min(seconds), 1),
-           mib=round((peak - base) / 2**20, 1), threads=torch.get_num_threads())
+    for variant in variants:
+        step = one_step(prior, variant, latent)
+        step()  # the libraries' own buffers
+        if device.type == "cuda":
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            base = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+        record(case=f"SD2.1 U-Net, latents {latent}^2", variant=variant, tflop="", ms=round(1000 * min(seconds), 1),
+               mib=round((peak - base) / 2**20, 1), threads=torch.get_num_threads())
 
 
 def _status(name: str) -> int:
@@ -187,11 +190,11 @@ except ImportError:  # as a script, pytest is not needed
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flops", action="store_true")
-    parser.add_argument("--variant", choices=VARIANTS)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=[])
     parser.add_argument("--latent", type=int, default=64, help="size of the latents: an eighth of the image's")
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     if given.flops:
         flops(given.latent)
-    if given.variant:
-        measure(given.variant, given.latent, given.repeats)
+    if given.variants:
+        measure(given.variants, given.latent, given.repeats)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import save_model
 
-from text3d_fast.guidance import Conditions, DiffusionPrior, LoraPrior, VariationalScoreDistillation
+from text3d_fast.guidance import Conditions, DiffusionPrior, LoraPrior, TimeRange, VariationalScoreDistillation
+from text3d_fast.guidance.distillation import draw
 
 pytest.importorskip("peft")
 
@@ -148,6 +149,20 @@ def test_training_lowers_the_denoising_loss_and_resumes_exactly(prior):
     resumed.optimizers["score"].load_state_dict(saved["optimizer"])
     generator.set_state(saved["generator"])
     assert run(resumed, generator, 3) == expected
+
+
+def test_the_update_follows_the_gradient_of_the_mean_square_error(prior):
+    lora, same = LoraPrior(prior), LoraPrior(prior)
+    shake(lora, 0.1), shake(same, 0.1)
+    x, _, conditions = sample()
+    vsd = VariationalScoreDistillation(prior, lora, pose_dropout=0.0)
+    loss = vsd.train_score_encoded(x, conditions, torch.Generator().manual_seed(0))
+    t, noise = draw(x, prior.schedule, TimeRange(0.0, 1.0), 0.0, torch.Generator().manual_seed(0))
+    expected = (same.predict(prior.schedule.add_noise(x, noise, t), t, conditions) - noise).square().mean()
+    expected.backward()
+    assert float(loss) == float(expected.detach())
+    for given, truth in zip(lora.module.parameters(), same.module.parameters(), strict=True):
+        torch.testing.assert_close(given.grad, truth.grad, rtol=1e-4, atol=1e-5 * float(truth.grad.abs().max()))
 
 
 def test_pose_dropout_drops_that_share(prior):

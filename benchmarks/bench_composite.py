@@ -1,5 +1,8 @@
 """composite, and march + composite, against packed plain torch (cumsum, index_add). Checks, then times.
 
+"plain torch" is the fastest that is right where all is finite: one running sum over all rays in double precision (in
+float32 it is 7e-2 wrong at 16384 rays of 64 samples). "reference" sums each ray on its own, so that a NaN stays there.
+
     pytest benchmarks/bench_composite.py --benchmark-only
 """
 
@@ -20,7 +23,22 @@ def reference(sigma, values, samples):
                                1e-4)
 
 
-COMPILED = torch.compile(reference, dynamic=True)
+def plain_composite(sigma, values, samples):
+    ids, first = samples.ray_ids.long(), samples.ray_offsets[:-1].long()
+    optical = sigma * (samples.t_ends - samples.t_starts)
+    before = optical.cumsum(0, dtype=torch.float64) - optical
+    before = (before - before[first.clamp(max=len(sigma) - 1)][ids]).float()
+    transmittance = torch.exp(-before)
+    weights = transmittance * -torch.expm1(-optical)
+    weights = torch.where(transmittance < 1e-4, 0, weights)
+    per_ray = torch.zeros(samples.num_rays, values.shape[1] + 2, device=sigma.device)
+    together = torch.cat([values, torch.ones_like(sigma)[:, None], samples.t_middles[:, None]], 1)
+    sums = per_ray.index_add(0, ids, weights[:, None] * together)
+    opacity = sums[:, -2]
+    return sums[:, :-2], opacity, sums[:, -1] / opacity.clamp(min=1e-10)
+
+
+COMPILED = torch.compile(plain_composite, dynamic=True)
 
 
 def nerfacc_composite(sigma, values, samples):
@@ -33,7 +51,20 @@ def nerfacc_composite(sigma, values, samples):
     return [nerfacc.accumulate_along_rays(weights, x, ids, rays) for x in (values, None, middle)]
 
 
-KINDS = {"ours": ops.composite, "plain torch": reference, "torch.compile": COMPILED, "nerfacc": nerfacc_composite}
+KINDS = {"ours": ops.composite, "plain torch": plain_composite, "reference": reference, "torch.compile": COMPILED,
+         "nerfacc": nerfacc_composite}
+
+
+def rays_of(case, device):
+    """W1: a frame of 64^2 rays through a full grid; "R x N": R rays of N samples over a length of 3."""
+    if case == "W1":
+        origins, directions, grid, jitter = make_case("full", device)
+        return ops.march_rays(origins, directions, grid, 0.0, 1e3, STEP, jitter)
+    rays, each = map(int, case.split(" x "))
+    ids = torch.arange(rays, device=device, dtype=torch.int32).repeat_interleave(each)
+    starts = (torch.arange(each, device=device) * (3 / each) + 1).repeat(rays)
+    offsets = torch.arange(rays + 1, device=device, dtype=torch.int32) * each
+    return ops.RaySamples(ids, starts, starts + 3 / each, offsets)
 
 
 def field(samples, channels, density):
@@ -67,16 +98,16 @@ def time_it(benchmark, kind, device, work):
 @pytest.mark.parametrize("density", [0.5, 5.0])
 @pytest.mark.parametrize("channels", [3, 7])
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+@pytest.mark.parametrize("case", ["W1", "4096 x 128"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_composite(benchmark, kind, direction, channels, density, device):
-    origins, directions, grid, jitter = make_case("full", device)
-    samples = ops.march_rays(origins, directions, grid, 0.0, 1e3, STEP, jitter)
+def test_composite(benchmark, kind, case, direction, channels, density, device):
+    samples = rays_of(case, device)
     sigma, values = field(samples, channels, density)
-    got, want = (forward_backward(kind, sigma, values, samples) for kind in ("ours", "plain torch"))
-    # plain torch's running sum over all rays in float32 loses digits: a thousand units of optical depth, 1e-4 of each
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
-    benchmark.group = f"composite {direction}, {channels} channels, density {density}, W1, {device}"
+    want = forward_backward("reference", sigma, values, samples)
+    for kind_too in ("ours", "plain torch"):
+        for a, b in zip(forward_backward(kind_too, sigma, values, samples), want):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    benchmark.group = f"composite {direction}, {channels} channels, density {density}, {case}, {device}"
     if direction == "forward":
         with torch.no_grad():
             time_it(benchmark, kind, device, lambda: KINDS[kind](sigma, values, samples))

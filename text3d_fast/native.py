@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 _EMULATE = os.environ.get("TEXT3D_EMULATE") == "1"  # run the .cu sources on host memory; tests only
+ALIGNMENT = 16  # bytes of the widest vector load
 _module: ModuleType | None = None
 _import_error = ""
 try:
@@ -47,11 +48,22 @@ def emulated() -> bool:
     return _EMULATE
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in one piece, and for CUDA sources at an address that vector loads accept; a copy where it must be.
+
+    Views may begin anywhere in their storage; what torch allocates is aligned.
+    """
+    tensor = tensor.contiguous()
+    if runs_cuda_source(tensor.device) and tensor.data_ptr() % ALIGNMENT:
+        return tensor.clone()
+    return tensor
+
+
 def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | None) -> None:
     """Run entry point `name` with its Params' fields in order, on the device that the tensors are on.
 
     A sequence (of tensors or numbers) fills a fixed array; None is a null pointer.
-    Tensors must be contiguous and of the dtype that the Params declare; the ops see to both.
+    Tensors must be `aligned` and of the dtype that the Params declare; the ops see to both.
     """
     device: torch.device | None = None
 
@@ -63,6 +75,8 @@ def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | Non
             if device is not None and device != field.device:
                 raise ValueError(f"{name}: all tensors must be on one device, got {device} and {field.device}")
             device = field.device
+            if runs_cuda_source(device) and field.data_ptr() % ALIGNMENT:
+                raise RuntimeError(f"{name}: a tensor of shape {tuple(field.shape)} is not {ALIGNMENT}-byte aligned")
             return field.data_ptr()
         if isinstance(field, (list, tuple)):
             return [flatten(f) for f in field]

@@ -319,7 +319,13 @@ template <class T, class U, class V> inline T atomicCAS(T* p, U seen, V v) { T o
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-template <class T> inline T __ldg(const T* p) { return *p; }
+// A GPU faults at a vector load from an address that is not a multiple of the vector's size.
+template <class T> inline T __ldg(const T* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(T)) throw std::runtime_error("a load from an address that is not aligned");
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

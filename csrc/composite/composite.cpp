@@ -82,7 +82,7 @@ void forward_ray(const CompositeForwardParams& p, int64_t ray) {
   if (!kChannels) std::memset(out, 0, sizeof(float) * channels);
   // Moments about the first middle: the variance is a small difference of large numbers otherwise.
   const float origin = begin < end ? 0.5f * (p.t_starts[begin] + p.t_ends[begin]) : 0.f;
-  float transmittance = 1.f, opacity = 0.f, first = 0.f, second = 0.f;
+  float transmittance = 1.f, opacity = 0.f, first = 0.f, second = 0.f, least = 0.f;
   int64_t i = begin;
   for (; i < end && transmittance >= p.early_stop; i += kLanes) {
     const int64_t count = end - i;
@@ -95,11 +95,12 @@ void forward_ray(const CompositeForwardParams& p, int64_t ray) {
     scan_product(pass, transmittance, before, after);
     transmittance = after[kLanes - 1];
     float block = 0.f, block_first = 0.f, block_second = 0.f;
-#pragma omp simd reduction(+ : block, block_first, block_second)
+#pragma omp simd reduction(+ : block, block_first, block_second) reduction(min : least)
     for (int k = 0; k < kLanes; ++k) {
       weight[k] = before[k] < p.early_stop ? 0.f : before[k] * alpha[k];
       const float middle = 0.5f * (starts[k] + ends[k]) - origin, moment = weight[k] * middle;
       block += weight[k], block_first += moment, block_second += moment * middle;
+      least = weight[k] < least ? weight[k] : least;
     }
     opacity += block, first += block_first, second += block_second;
     std::memcpy(p.weights + i, weight, sizeof(float) * n);
@@ -118,7 +119,7 @@ void forward_ray(const CompositeForwardParams& p, int64_t ray) {
   const float mean = seen ? first / opacity : 0.f;
   p.opacity[ray] = opacity;
   p.depth[ray] = seen ? origin + mean : 0.f;
-  p.depth_variance[ray] = seen ? max_of(second / opacity - mean * mean, 0.f) : 0.f;
+  p.depth_variance[ray] = seen ? variance_of(second / opacity, mean, least) : 0.f;
 }
 
 // room: for twice the samples of the ray, rounded up to blocks: T_{i+1} g_i and w_i g_i

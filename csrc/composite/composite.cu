@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWarps * 32, 8) composite_forward_kernel(Compo
   const int channels = kChannels ? kChannels : p.channels;
   const auto [begin, end] = samples_of(p.ray_offsets, ray, p.samples);
   const float origin = begin < end ? 0.5f * (p.t_starts[begin] + p.t_ends[begin]) : 0.f;
-  float carry = 1.f, opacity = 0.f, first = 0.f, second = 0.f;
+  float carry = 1.f, opacity = 0.f, first = 0.f, second = 0.f, least = 0.f;
   float sums[kChannels ? kChannels : 1] = {};
   int64_t start = begin;
   for (; start < end && carry >= p.early_stop; start += 32) {
@@ -75,12 +75,14 @@ __global__ void __launch_bounds__(kWarps * 32, 8) composite_forward_kernel(Compo
       opacity += weight;
       first += weight * middle;
       second += weight * middle * middle;
+      least = min_of(least, weight);
       TEXT3D_UNROLL
       for (int c = 0; c < kChannels; ++c) sums[c] += weight * p.values[i * kChannels + c];
     }
   }
   for (int64_t i = start + lane; i < end; i += 32) p.weights[i] = 0.f;
   opacity = warp_sum(opacity), first = warp_sum(first), second = warp_sum(second);
+  least = __any_sync(~0u, least < 0.f) ? -1.f : 0.f;
   if (kChannels) {
     TEXT3D_UNROLL
     for (int c = 0; c < kChannels; ++c) {
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kWarps * 32, 8) composite_forward_kernel(Compo
     const float mean = seen ? first / opacity : 0.f;
     p.opacity[ray] = opacity;
     p.depth[ray] = seen ? origin + mean : 0.f;
-    p.depth_variance[ray] = seen ? max_of(second / opacity - mean * mean, 0.f) : 0.f;
+    p.depth_variance[ray] = seen ? variance_of(second / opacity, mean, least) : 0.f;
   }
 }
 

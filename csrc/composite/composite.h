@@ -81,6 +81,12 @@ TEXT3D_HD float opacity_of(float x) {
   return (1.f - scale) - scale * p;
 }
 
+// From the mean square and the mean. Where no weight is negative, only rounding can make it so.
+TEXT3D_HD float variance_of(float mean_square, float mean, float least_weight) {
+  const float variance = mean_square - mean * mean;
+  return variance < 0.f && least_weight >= 0.f ? 0.f : variance;
+}
+
 // What the gradient of a ray needs besides its samples.
 struct CompositeRayGradient {
   float opacity, depth, variance;                     // cotangents; the two latter divided by the ray's opacity

@@ -25,7 +25,7 @@ TEXT3D_HD void load_values(const T* from, float* out) {
   using Word = typename Words<kStep>::Type;
   TEXT3D_UNROLL
   for (int part = 0; part < kBytes / kStep; ++part) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(TEXT3D_EMULATE)
     const Word word = __ldg(reinterpret_cast<const Word*>(from) + part);
 #else
     Word word;

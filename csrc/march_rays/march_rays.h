@@ -59,6 +59,7 @@ struct MarchRaysParams {
 namespace TEXT3D_ISA {
 
 constexpr int32_t kMarchMaxSteps = 1 << 24;  // per ray inside the box: beyond, single precision cannot count them
+constexpr double kMarchLastTime = 1e38;      // times beyond would not fit single precision
 
 TEXT3D_HD double bits_to_double(uint64_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -126,8 +127,11 @@ struct MarchGrid {
   float half_size[3];
 };
 
+// Half the edge of the outermost box; at most 64 levels (text3d_fast/ops/march_rays.py sees to that).
+TEXT3D_HD float outermost_of(int32_t levels) { return bits_to_float(uint32_t(126 + levels) << 23); }
+
 TEXT3D_HD MarchGrid march_grid(const MarchRaysParams& p) {
-  MarchGrid grid{p.bits, p.levels - 1, float(1 << (p.levels - 1)), {p.x, p.y, p.z}, {}};
+  MarchGrid grid{p.bits, p.levels - 1, outermost_of(p.levels), {p.x, p.y, p.z}, {}};
   for (int a = 0; a < 3; ++a) grid.half_size[a] = 0.5f * float(grid.size[a]);
   return grid;
 }
@@ -194,10 +198,11 @@ TEXT3D_HD int set_up_ray(const MarchRaysParams& p, int64_t r, MarchRay& ray) {
   const double jitter = p.jitter ? double(p.jitter[r]) : 0.;
   const MarchLattice lattice(near + jitter * p.step, p.step, p.cone_angle);
   double enter = lattice.first, leave = far;
-  bool finite = is_finite(lattice.first) && far == far && jitter >= 0. && jitter < 1., moves = false;
+  const bool nothing = near >= far;  // however infinite they are
+  bool finite = (is_finite(lattice.first) || nothing) && far == far && jitter >= 0. && jitter < 1., moves = false;
   double position[3], velocity[3];
   for (int a = 0; a < 3; ++a) {
-    const double low = p.aabb[a], high = p.aabb[a + 3], half = 0.5 * (high - low), outermost = double(1 << (p.levels - 1));
+    const double low = p.aabb[a], high = p.aabb[a + 3], half = 0.5 * (high - low), outermost = outermost_of(p.levels);
     position[a] = (double(p.origins[3 * r + a]) - 0.5 * (low + high)) / half;
     velocity[a] = double(p.directions[3 * r + a]) / half;
     finite = finite && is_finite(position[a]) && is_finite(velocity[a]);
@@ -212,7 +217,8 @@ TEXT3D_HD int set_up_ray(const MarchRaysParams& p, int64_t r, MarchRay& ray) {
     if (t_high < leave) leave = t_high;
   }
   if (!finite) return kMarchNotFinite;
-  if (!moves || !(enter < leave)) return 0;
+  if (!moves || nothing || !(enter < leave)) return 0;
+  if (!(fabs(enter) < kMarchLastTime && fabs(leave) < kMarchLastTime)) return kMarchNotFinite;
 
   // One interval more on each side than needed: the test of the middle decides.
   double begin = floor(lattice.index(enter)) - 1., end = ceil(lattice.index(leave)) + 1.;

@@ -155,19 +155,13 @@ void draw_band(const Image& image, const Bands& bands, const Bin* bins, int64_t 
   }
 }
 
-// Returns false if a coordinate is NaN or infinite.
-bool snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
-  bool fine = true;
+void snap_vertices(const float* pos, int64_t count, const Viewport& view, SnappedVertex* snapped) {
   parallel_for(count, 8192, [&](int64_t begin, int64_t end) {
-    bool finite = true;
     for (int64_t i = begin; i < end; ++i) {
       const float x = pos[4 * i], y = pos[4 * i + 1], z = pos[4 * i + 2], w = pos[4 * i + 3];
       snapped[i] = snap(x, y, z, w, outcode(x, y, z, w, view.guard), view);
-      finite &= is_finite(x, y, z, w);
     }
-    if (!finite) __atomic_store_n(&fine, false, __ATOMIC_RELAXED);
   });
-  return fine;
 }
 
 }  // namespace
@@ -177,8 +171,7 @@ void rasterize_forward(const RasterizeForwardParams& p) {
   if (pixels == 0 || p.batch == 0) return;
   const Viewport view(p.height, p.width);
   const Bands bands(view);
-  if (!snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped))
-    throw std::invalid_argument("pos: expected finite coordinates, got NaN or infinity");
+  snap_vertices(p.pos, p.vertices * (p.instanced ? p.batch : 1), view, p.snapped);
   const int64_t most = p.ranges ? p.largest_count : p.triangles;
   std::unique_ptr<Bin[]> bins(new Bin[size_t((most + kChunk - 1) / kChunk)]);
   bool fine = true;

@@ -45,7 +45,7 @@ struct RasterizeBackwardParams {
 
 namespace TEXT3D_ISA {
 
-constexpr float kMinimumDenominator = 1e-6f;  // of gradients
+constexpr float kMinimumDenominator = 1e-6f;  // of gradients, relative to the triangle's extent
 
 TEXT3D_HD float pixel_centre(int32_t pixel, float size) { return float(2 * pixel + 1) / size - 1.f; }
 
@@ -77,6 +77,10 @@ struct Barycentrics {
     }
   }
   TEXT3D_HD Number sum() const { return a[0] + a[1] + a[2]; }
+  // What |sum()| is for a triangle of this extent that is not thin: it scales alike with size and with the corners' w.
+  TEXT3D_HD Number extent() const {
+    return qx[0] * qx[0] + qy[0] * qy[0] + qx[1] * qx[1] + qy[1] * qy[1] + qx[2] * qx[2] + qy[2] * qy[2];
+  }
   TEXT3D_HD Number sum_slope_x() const { return slope_x[0] + slope_x[1] + slope_x[2]; }
   TEXT3D_HD Number sum_slope_y() const { return slope_y[0] + slope_y[1] + slope_y[2]; }
 };
@@ -104,9 +108,10 @@ TEXT3D_HD void resolve_gradient(const Corner<Number>& c0, const Corner<Number>& 
                                 Number fy, float scale_x, float scale_y, Number grad_u, Number grad_v,
                                 const Number grad_db[4], Number grad[3][3]) {
   const Barycentrics<Number> b(c0, c1, c2, fx, fy);
+  const Number least = kMinimumDenominator * b.extent();
   Number sum = b.sum();
-  sum = select(sum < 0.f, min_of(sum, Number{} - kMinimumDenominator), max_of(sum, Number{} + kMinimumDenominator));
-  const Number inverse = 1.f / sum, u = b.a[0] * inverse, v = b.a[1] * inverse;
+  sum = select(sum < 0.f, min_of(sum, -least), max_of(sum, least));
+  const Number inverse = safe_reciprocal(sum), u = b.a[0] * inverse, v = b.a[1] * inverse;
   Number gu = grad_u, gv = grad_v, g_inverse_over{}, gsx[3] = {}, gsy[3] = {};
   if constexpr (kDerivatives) {
     const Number sum_x = b.sum_slope_x(), sum_y = b.sum_slope_y();

@@ -19,10 +19,9 @@ struct TextureParams {
   int32_t channels, levels;
   int32_t filter;                                // 0 nearest, 1 linear, 2 linear-mipmap-nearest, 3 linear-mipmap-linear
   int32_t boundary;                              // 0 wrap, 1 clamp, 2 zero, 3 cube
-  int32_t* bad;                                  // [1]: set if a coordinate is NaN or infinite, or null
   auto fields() {
     return std::tie(mips, heights, widths, batched, uv, uv_da, bias, out, batch, pixels, channels, levels, filter,
-                    boundary, bad);
+                    boundary);
   }
 };
 
@@ -33,7 +32,7 @@ struct TextureBackwardParams {
   const float* uv;
   const float* uv_da;
   const float* bias;
-  Array<float*, kMaxMips> grad_mips;        // like mips, zeroed; null: not wanted
+  Array<double*, kMaxMips> grad_mips;       // like mips, zeroed; null: not wanted. A texel may get millions of terms
   float* grad_uv;                                // like uv, or null
   float* grad_uv_da;                             // like uv_da, or null
   float* grad_bias;                              // like bias, or null
@@ -73,8 +72,10 @@ TEXT3D_HD CubeFace cube_face(int face) {
 struct Place {
   float s, t, major;
   int face;
-  bool valid;
+  bool valid;  // no: coordinates that are NaN or infinite, the direction 0; these sample 0 and pass no gradient
 };
+
+TEXT3D_HD bool is_number(float x) { return fabsf(x) <= 3.4028234663852886e38f; }
 
 TEXT3D_HD Place place(const float* uv, int boundary) {
   Place p;
@@ -84,14 +85,14 @@ TEXT3D_HD Place place(const float* uv, int boundary) {
     const int axis = z > x && z > y ? 2 : y > x ? 1 : 0;
     p.face = 2 * axis + (uv[axis] < 0.f);
     p.major = fabsf(uv[axis]);
-    p.valid = p.major > 0.f && x + y + z < 3e38f;
+    p.valid = p.major > 0.f && is_number(x) && is_number(y) && is_number(z);
     const CubeFace f = cube_face(p.face);
     p.s = p.valid ? 0.5f * (uv[f.s_axis] * f.s_sign / p.major) + 0.5f : 0.5f;
     p.t = p.valid ? 0.5f * (uv[f.t_axis] * f.t_sign / p.major) + 0.5f : 0.5f;
     return p;
   }
   p.s = uv[0], p.t = uv[1];
-  p.valid = fabsf(p.s) < 3e38f && fabsf(p.t) < 3e38f;
+  p.valid = is_number(p.s) && is_number(p.t);
   if (!p.valid) p.s = p.t = 0.f;
   if (boundary == kWrap) p.s -= floorf(p.s), p.t -= floorf(p.t);
   return p;
@@ -254,10 +255,7 @@ struct TexturePixel {
     const Place at = place(p.uv + i * uv_size(p.boundary), p.boundary);
     float* out = p.out + i * p.channels;
     for (int c = 0; c < p.channels; ++c) out[c] = 0.f;
-    if (!at.valid) {
-      if (p.bad) *p.bad = 1;
-      return;
-    }
+    if (!at.valid) return;
     if (p.filter == kNearest) {
       const int64_t index = nearest_texel(at, p.widths[0], p.heights[0], p.boundary);
       if (index < 0) return;
@@ -288,12 +286,12 @@ struct TextureBackwardPixel {
   TEXT3D_HD void add_texel(int level, int64_t image, int64_t index, float weight, const float* g) const {
     if (index < 0 || !p.grad_mips[level]) return;
     if (owners > 1 && int(index / p.widths[level] / 8 % owners) != owner) return;
-    float* texel = p.grad_mips[level] + level_offset(level, image) + index * p.channels;
+    double* texel = p.grad_mips[level] + level_offset(level, image) + index * p.channels;
     for (int c = 0; c < p.channels; ++c) {
 #if defined(__CUDA_ARCH__)
-      atomic_add(texel + c, weight * g[c]);
+      atomicAdd(texel + c, double(weight * g[c]));
 #else
-      texel[c] += weight * g[c];
+      texel[c] += double(weight * g[c]);
 #endif
     }
   }
@@ -340,6 +338,10 @@ struct TextureBackwardPixel {
     const float a = f.sx * f.sx + f.tx * f.tx, b = f.sy * f.sy + f.ty * f.ty, c = f.sx * f.sy + f.tx * f.ty;
     const float square = 0.25f * (a - b) * (a - b) + c * c;
     const float root = sqrtf(max_of(square, 1e-30f)), lambda = 0.5f * (a + b) + root;
+    if (!is_number(lambda)) {  // a footprint that is NaN or infinite chose its level without a slope
+      for (int k = 0; k < stride; ++k) p.grad_uv_da[i * stride + k] = 0.f;
+      return;
+    }
     const float d_lambda = lambda > 1e-30f ? d_level * 0.72134752f / lambda : 0.f;  // 1 / (2 ln 2)
     const float tilt = square > 1e-30f ? 0.25f * (a - b) / root : 0.f;
     const float da = d_lambda * (0.5f + tilt), db = d_lambda * (0.5f - tilt), dc = square > 1e-30f ? d_lambda * c / root : 0.f;

@@ -44,7 +44,7 @@ def forward_kernel(
     begin, end = tl.load(ray_offsets + ray).to(tl.int64), tl.load(ray_offsets + ray + 1).to(tl.int64)
     lanes, channels = tl.arange(0, BLOCK), tl.arange(0, C_PADDED)
     origin = tl.load(t_starts + begin, begin < end, 0.0)  # moments about a time on the ray
-    optical, opacity, first, second = 0.0, 0.0, 0.0, 0.0
+    optical, opacity, first, second, least = 0.0, 0.0, 0.0, 0.0, 0.0
     sums = tl.zeros((C_PADDED,), tl.float32)
     i0 = begin
     while (i0 < end) & (tl.exp(-optical) >= early_stop):
@@ -57,6 +57,7 @@ def forward_kernel(
         opacity += tl.sum(weight)
         first += tl.sum(weight * middle)
         second += tl.sum(weight * middle * middle)
+        least = tl.minimum(least, tl.min(weight))
         tile = tl.load(values + i[:, None] * C + channels[None, :], real[:, None] & (channels < C)[None, :], 0.0)
         sums += tl.sum(weight[:, None] * tile, 0)
         optical += tl.sum(own)
@@ -67,7 +68,8 @@ def forward_kernel(
     tl.store(out_values + ray * C + channels, sums, channels < C)
     tl.store(out_opacity + ray, opacity)
     tl.store(out_depth + ray, tl.where(seen, origin + mean, 0.0))
-    tl.store(out_variance + ray, tl.where(seen, tl.maximum(variance, 0.0), 0.0))
+    variance = tl.where(least < 0, variance, tl.maximum(variance, 0.0))  # only rounding makes it negative otherwise
+    tl.store(out_variance + ray, tl.where(seen, variance, 0.0))
 
 
 @triton.jit

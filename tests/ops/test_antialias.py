@@ -128,6 +128,24 @@ def test_gradients_are_deterministic():
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
+def test_deterministic_algorithms(device, generator):
+    """On CUDA the gradient to pos raises torch's alert, or warns; elsewhere, and that to color, it is deterministic."""
+    pos, tri = soup(generator, 1, 6)
+    rast, _ = ops.rasterize(pos, tri, (16, 16))
+    color = torch.rand(1, 16, 16, 3, generator=generator, device=device).requires_grad_()
+    loss = lambda pos: ops.antialias(color, rast, pos, tri).sum()
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.autograd.grad(loss(pos), color)
+        if native.runs_cuda_source(device):
+            with pytest.raises(RuntimeError, match="antialias.*does not have a deterministic implementation"):
+                torch.autograd.grad(loss(pos.requires_grad_()), pos)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.autograd.grad(loss(pos.requires_grad_()), pos)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_opcheck_and_compile(device, generator):
     pos, tri = soup(generator, 2)
     rast, _ = ops.rasterize(pos, tri, (9, 11))

@@ -372,3 +372,10 @@ def test_errors_name_the_argument():
         x[2, 1] = float("inf")
         with pytest.raises(ValueError, match="x: expected finite values"):
             ops.hash_grid_grad(x, params, spec)
+
+
+def test_no_points_have_values_and_gradients(device):
+    grid = nn.HashGrid(dim=3, levels=2, features=2, log2_table_size=8, base_resolution=4, device=device)
+    for shape in ((0, 3), (4, 0, 3)):
+        value, gradient = grid.value_and_grad(torch.zeros(shape, device=device))
+        assert value.shape == (*shape[:-1], 4) and gradient.shape == (*shape[:-1], 4, 3)

@@ -146,6 +146,10 @@ def test_errors_name_the_argument():
         ops.interpolate(attr, rast, tri, None, "all")
     with pytest.raises(ValueError, match="rast_db: expected shape"):
         ops.interpolate(attr, rast, tri, rast[:1], [0])
+    with pytest.raises(ValueError, match="rast_db: expected device cpu"):
+        ops.interpolate(attr, rast, tri, rast.to("meta"))
+    with pytest.raises(ValueError, match="rast_db: expected shape"):
+        ops.interpolate(attr, rast, tri, rast[:1])
     with pytest.raises(ValueError, match="diff_attrs: expected indices from 0 to 2"):
         ops.interpolate(attr, rast, tri, rast, [3])
     with pytest.raises(ValueError, match="diff_attrs: expected a list"):

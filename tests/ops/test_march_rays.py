@@ -292,3 +292,58 @@ def test_gradients_reach_rays_through_positions(device):
     grads = torch.autograd.grad(positions.sum(), (origins, directions))
     counts = torch.bincount(ids, minlength=19).float()
     torch.testing.assert_close(grads[0], counts[:, None].expand(-1, 3))
+
+
+def test_sizes_that_cannot_be_indexed_are_refused(device):
+    origins, directions = make_rays(3, device)
+    box = torch.tensor(BOX, device=device)
+    for shape in [(0, 4, 4, 4), (1, 0, 4, 4), (2, 4, 4, 0), (65, 1, 1, 1), (4, 1024, 1024, 1024), (2, 2**31, 1, 1)]:
+        binaries = torch.ones(1, dtype=torch.bool, device=device).expand(shape)  # one byte of memory
+        with pytest.raises(ValueError, match="occupancy.binaries: expected 1 to 64 levels"):
+            ops.march_rays(origins, directions, SimpleNamespace(aabb=box, binaries=binaries))
+
+
+@pytest.mark.parametrize("levels", [31, 32, 33, 64])
+def test_many_levels(levels, device):
+    """32 of them and more once shifted a 1 out of its integer: no samples."""
+    origins, directions = make_rays(5, device)
+    grid = SimpleNamespace(aabb=torch.tensor(BOX, device=device),
+                           binaries=torch.ones(levels, 2, 3, 2, dtype=torch.bool, device=device))
+    got = ops.march_rays(origins, directions, grid, 0.1, 9.0, 0.3)
+    with use_backend("reference"):
+        want = ops.march_rays(origins, directions, grid, 0.1, 9.0, 0.3)
+    assert got.num_samples == 5 * 30 and torch.equal(got.ray_offsets, want.ray_offsets)
+    torch.testing.assert_close(got.t_starts, want.t_starts)
+
+
+def test_infinite_limits(device):
+    grid = make_grid(1, 8, device, fill=1.0)
+    rays = make_rays(9, device)
+    infinite = torch.full((9,), math.inf, device=device)
+    for near, far in [(math.inf, math.inf), (infinite, infinite), (infinite, 3.0), (2.0, -math.inf)]:
+        for capacity in (None, 4):
+            samples = ops.march_rays(*rays, grid, near, far, capacity=capacity)
+            assert samples.ray_offsets.tolist() == [0] * 10
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_times_beyond_single_precision(backend, device):
+    """A ray so slow that it crosses the box at t = 1e40 has no float32 times: refused, not given as infinity."""
+    grid = nn.OccupancyGrid((-1, -1, -1, 1, 1, 1), 8).to(device)
+    origins = torch.tensor([[-3.0, 0, 0], [-3.0, 0, 0]], device=device)
+    directions = torch.tensor([[1e-40, 0, 0], [1.0, 0, 0]], device=device)
+    with use_backend(backend):
+        if backend is None and device.type == "cpu":
+            with pytest.raises(ValueError, match="1e38"):
+                ops.march_rays(origins, directions, grid, step=1e36)
+        else:
+            samples = ops.march_rays(origins, directions, grid, step=0.5)
+            assert samples.ray_ids.unique().tolist() == [1] and samples.t_ends.isfinite().all()
+
+
+def test_no_rays_in_capacity_mode_on_the_reference(device):
+    none = torch.zeros(0, 3, device=device)
+    with use_backend("reference"):
+        samples = ops.march_rays(none, none, make_grid(1, 8, device), capacity=5)
+        out = ops.composite(torch.rand(5, device=device), torch.rand(5, 3, device=device), samples)
+    assert samples.ray_ids.tolist() == [0] * 5 and out.values.shape == (0, 3) and out.weights.tolist() == [0] * 5

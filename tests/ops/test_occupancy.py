@@ -143,3 +143,29 @@ def test_errors():
             nn.OccupancyGrid(*arguments)
     with pytest.raises(ValueError, match="density_fn: expected one value for each of 64 points"):
         nn.OccupancyGrid(BOX, 4).update(0, lambda x: x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_wrong_density_is_forgotten(bad, generator, device):
+    """Once infinite, a cell stayed occupied for ever; the others were right all along."""
+    grid = nn.OccupancyGrid((-1, -1, -1, 1, 1, 1), 8).to(device)
+
+    def once_bad(points):
+        density = ball(points)
+        density[0] = bad
+        return density
+
+    def rightly(points):
+        return ball(points)
+
+    grid.update(0, once_bad, generator)
+    assert grid.occs.isfinite().all() and grid.occs.max() <= 1
+    assert grid.binaries[0, 0, 0, 0] == (bad == float("inf"))
+    for step in range(16, 16 * 120, 16):
+        grid.update(step, rightly, generator, warmup=10**6)
+    assert not grid.binaries[0, 0, 0, 0] and grid.binaries[0, 3:5, 3:5, 3:5].all()
+
+
+def test_too_many_cells_are_refused():
+    with pytest.raises(ValueError, match="resolution: expected fewer than 2\\^32 cells"):
+        nn.OccupancyGrid(BOX, 1024, 4)

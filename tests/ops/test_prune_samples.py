@@ -60,6 +60,28 @@ def test_a_wall_hides_only_its_own_ray(device):
     assert ops.prune_samples(samples, sigma)[1].tolist() == [0, 2, 3]
 
 
+@pytest.mark.parametrize("capacity", [None, 10])
+def test_nan_switches_the_stop_off_on_its_own_ray_only(capacity, device):
+    ids = torch.arange(3, dtype=torch.int32, device=device).repeat_interleave(3)
+    t = torch.arange(3.0, device=device).repeat(3)
+    samples = ops.RaySamples(ids, t, t + 1, torch.tensor([0, 3, 6, 9], dtype=torch.int32, device=device))
+    sigma = torch.tensor([math.nan, 50.0, 1.0, 50.0, 1.0, 1.0, 1.0, -math.inf, 50.0], device=device)
+    pruned, kept = ops.prune_samples(samples, sigma, 1e-2, capacity=capacity)
+    assert kept[:6].tolist() == [0, 1, 2, 3, 6, 8] and pruned.ray_offsets.tolist() == [0, 3, 4, 6]
+
+
+def test_real_sizes_keep_their_digits(device, generator):
+    """A million samples behind each other in memory: a ray's stop does not move."""
+    rays, each = 16384, 64
+    t = torch.arange(each, device=device).repeat(rays) * 0.02
+    ids = torch.arange(rays, dtype=torch.int32, device=device).repeat_interleave(each)
+    samples = ops.RaySamples(ids, t, t + 0.02, torch.arange(rays + 1, dtype=torch.int32, device=device) * each)
+    sigma = (torch.rand(each, generator=generator, device=device) * 100).repeat(rays)
+    _, kept = ops.prune_samples(samples, sigma)
+    counts = torch.bincount(ids[kept].long(), minlength=rays)
+    assert (counts == counts[0]).all() and 0 < counts[0] < each
+
+
 def test_errors(generator):
     sigma, _, samples = make_inputs((3, 4, 1), torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="sigma: expected shape"):

@@ -10,7 +10,7 @@ import torch
 from meshes import perspective, soup, uv_sphere
 from watertight import KINDS, count_errors
 
-from text3d_fast import native, ops, use_backend
+from text3d_fast import ops, use_backend
 from text3d_fast.reference import rasterize as reference
 
 # (triangles, size, height, width): odd images, tiny and huge triangles
@@ -181,6 +181,63 @@ def test_reference_gradcheck():
     torch.autograd.gradcheck(run, pos[..., [0, 1, 3]].clone().requires_grad_())
 
 
+def finite_differences(pos, tri, pixel, size, epsilon=1e-6):
+    """d(u + 2 v) of one pixel by x, y, w of each corner, by central differences of the formula in float64."""
+    corners = pos[tri.long()].double()
+    height, width = size
+    fx, fy = (2 * pixel[1] + 1) / width - 1, (2 * pixel[0] + 1) / height - 1
+
+    def value(corners):
+        q = corners[:, :2] - corners[:, 3:] * torch.tensor([fx, fy], dtype=torch.float64)
+        cross = lambda a, b: a[0] * b[1] - a[1] * b[0]
+        a = torch.stack([cross(q[1], q[2]), cross(q[2], q[0]), cross(q[0], q[1])])
+        return (a[0] + 2 * a[1]) / a.sum()
+
+    grad = torch.zeros(3, 4, dtype=torch.float64)
+    size = (corners[:, :2] - corners[:1, :2]).abs().max()
+    for i in range(3):
+        for k in (0, 1, 3):
+            step = torch.zeros_like(corners)
+            step[i, k] = epsilon * size
+            grad[i, k] = (value(corners + step) - value(corners - step)) / (2 * epsilon * size)
+    return grad
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6, 1e4])
+@pytest.mark.parametrize("pixels, size", [(30.0, 64), (1.0, 64), (0.5, 1024), (0.25, 1024)])
+def test_gradients_of_small_triangles(pixels, size, scale, backend, device):
+    """Triangles of a quarter pixel, and clip coordinates times any number, have the gradient of the formula."""
+    pixel = (size // 2 + 1, size // 2 - 2)
+    centre = torch.tensor([2 * pixel[1] + 1, 2 * pixel[0] + 1]) / size - 1
+    shape = torch.tensor([[-0.4, -0.5], [0.7, -0.3], [-0.1, 0.6]])
+    xy = centre + shape * (2 * pixels / size)
+    w = torch.tensor([1.0, 1.5, 0.8])[:, None]
+    pos = (torch.cat([xy * w, 0.1 * w, w], 1) * scale).to(device)
+    tri = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
+    rows, columns = slice(pixel[0], pixel[0] + 1), slice(pixel[1], pixel[1] + 1)
+    with use_backend(backend):
+        leaf = pos[None].requires_grad_()
+        rast, _ = ops.rasterize(leaf, tri, (size, size))
+        cell = rast[0, rows, columns]
+        assert cell[..., 3].item() == 1
+        got = torch.autograd.grad(cell[..., 0].sum() + 2 * cell[..., 1].sum(), leaf)[0][0].cpu().double()
+    want = finite_differences(pos.cpu(), tri[0].cpu(), pixel, (size, size))
+    # vertices in float32 lie 6e-8 away from where they should: 3e-8 size of a triangle of one pixel, and its square
+    tolerance = max(1e-4, 4e-7 * size / pixels)
+    torch.testing.assert_close(got / want.abs().max(), want / want.abs().max(), rtol=0, atol=tolerance)
+
+
+def test_edge_on_triangles_cover_nothing_and_have_no_gradient(device):
+    """As in pytorch3d's issue 110."""
+    corners = [[0.7922, -0.1992, 0.6885, 1], [0.8408, -0.1622, 0.68568, 1], [0.7922, -0.1992, 0.689, 1]]
+    pos = torch.tensor([corners], device=device, requires_grad=True)
+    tri = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
+    rast, db = ops.rasterize(pos, tri, (128, 128))
+    assert rast.eq(0).all()
+    assert torch.autograd.grad(rast.sum() + db.sum(), pos)[0].eq(0).all()
+
+
 def test_peeling_keeps_coincident_layers(device, generator, poisoned_empty):
     quad = torch.tensor([[-1.0, -1, 0, 1], [1, -1, 0, 1], [1, 1, 0, 1], [-1, 1, 0, 1]], device=device)
     pos = torch.cat([quad, quad * torch.tensor([0.5, 0.5, 1, 1], device=device) + torch.tensor([0, 0, -0.3, 0.0],
@@ -254,24 +311,24 @@ def test_empty_inputs(device):
     assert rast.eq(0).all()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("component", range(4))
-def test_non_finite_vertices(bad, component, device, monkeypatch):
-    """A CPU raises, and a GPU that is asked to check; otherwise their triangles are not drawn."""
-    pos = torch.tensor([[[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]]] * 2, device=device)
+def test_non_finite_vertices(component, bad, backend, device, monkeypatch):
+    """Triangles that use one are not drawn, the rest is, with its gradients; TEXT3D_CHECK=1 raises."""
+    corners = [[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1], [-1, -1, 0.5, 1], [3, -1, 0.5, 1], [-1, 3, 0.5, 1]]
+    pos = torch.tensor([corners, corners], device=device)
     pos[0, 1, component] = bad
-    tri = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
-    if not native.runs_cuda_source(device):
+    tri = torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32, device=device)
+    with use_backend(backend):
+        leaf = pos.requires_grad_()
+        rast, db = ops.rasterize(leaf, tri, (4, 4))
+        assert rast[0, ..., 3].eq(2).all() and rast[1, ..., 3].eq(1).all()
+        grad = torch.autograd.grad(rast[..., :2].square().sum() + db.square().sum(), leaf)[0]
+        assert grad.isfinite().all() and grad[0, :3].eq(0).all() and grad[0, 3:].ne(0).any()
+        monkeypatch.setenv("TEXT3D_CHECK", "1")
         with pytest.raises(ValueError, match="pos: expected finite coordinates, got NaN or infinity"):
             ops.rasterize(pos, tri, (4, 4))
-        return
-    monkeypatch.setenv("TEXT3D_CHECK", "1")
-    with pytest.raises(ValueError, match="pos: expected finite coordinates, got NaN or infinity"):
-        ops.rasterize(pos, tri, (4, 4))
-    monkeypatch.delenv("TEXT3D_CHECK")
-    rast, db = ops.rasterize(pos, tri, (4, 4))
-    assert rast[0].eq(0).all() and db[0].eq(0).all()
-    assert rast[1, ..., 3].eq(1).all()
 
 
 def test_degenerate_triangles_cover_nothing(device):
@@ -308,8 +365,9 @@ def test_errors_name_the_argument():
         ops.rasterize(pos, tri.long(), (4, 4))
     with pytest.raises(ValueError, match=r"tri: expected device|pos: expected device"):
         ops.rasterize(pos, tri.to("meta"), (4, 4))
-    with pytest.raises(TypeError, match=r"resolution: expected two integers"):
-        ops.rasterize(pos, tri, 4)
+    for resolution in (4, (4.5, 4), ("4", 4), (None, 4), (8.0, 8.0)):
+        with pytest.raises(TypeError, match=r"resolution(\[0\])?: expected (two integers|an integer)"):
+            ops.rasterize(pos, tri, resolution)
     with pytest.raises(ValueError, match=r"resolution: expected sizes"):
         ops.rasterize(pos, tri, (-1, 4))
     with pytest.raises(ValueError, match=r"ranges: expected an int32 tensor"):
@@ -318,6 +376,34 @@ def test_errors_name_the_argument():
         ops.rasterize(pos, tri, (4, 4), torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"ranges: expected \(start, count\)"):
         ops.rasterize(pos[0], tri, (4, 4), torch.tensor([[0, 2]], dtype=torch.int32))
+
+
+def test_ranges_are_checked_in_compiled_code(device):
+    """Their values come at run time: a count beyond the triangles once read beyond tri."""
+    pos = torch.tensor([[-1.0, -1, 0, 1], [3, -1, 0, 1], [-1, 3, 0, 1]], device=device)
+    tri = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=device)
+    draw = torch.compile(lambda ranges: ops.rasterize(pos, tri, (4, 4), ranges)[0], fullgraph=True, backend="aot_eager")
+    assert draw(torch.tensor([[0, 1]], dtype=torch.int32))[..., 3].eq(1).all()
+    for wrong in ([[0, 1 << 30]], [[-1, 1]], [[1, 1]], [[2**31 - 1, 2**31 - 1]]):
+        with pytest.raises(ValueError, match=r"ranges: expected \(start, count\) within 1 triangles"):
+            draw(torch.tensor(wrong, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("batch, vertices, faces", [(0, 3, 1), (2, 0, 0), (2, 3, 0), (0, 0, 0)])
+def test_nothing_to_draw(batch, vertices, faces, backend, device):
+    pos = torch.zeros(batch, vertices, 4, device=device, requires_grad=True)
+    tri = torch.zeros(faces, 3, dtype=torch.int32, device=device)
+    with use_backend(backend):
+        rast, db = ops.rasterize(pos, tri, (3, 5))
+        attr, _ = ops.interpolate(pos, rast, tri)
+        image = ops.antialias(attr, rast, pos, tri)
+        with ops.DepthPeeler(pos, tri, (3, 5)) as peeler:
+            layer, _ = peeler.rasterize_next_layer()
+        assert rast.shape == db.shape == layer.shape == (batch, 3, 5, 4) and image.eq(0).all() and rast.eq(0).all()
+        total = rast.sum() + db.sum() + image.sum() + layer.sum()
+        if total.requires_grad:
+            assert torch.autograd.grad(total, pos)[0].shape == pos.shape
 
 
 @pytest.mark.skipif(os.environ.get("TEXT3D_EMULATE") == "1", reason="CUDA kernels skip such triangles")

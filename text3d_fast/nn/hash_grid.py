@@ -51,7 +51,7 @@ class HashGrid(torch.nn.Module):
         """x [..., dim] -> the value [..., levels * features] and its derivative by x [..., levels * features, dim]"""
         points = x.reshape(-1, x.shape[-1])
         y, grad = ops.hash_grid_grad(points, self.params, self.spec, self.active_levels, self.compute_dtype)
-        return y.reshape(*x.shape[:-1], -1), grad.reshape(*x.shape[:-1], self.output_dim, self.spec.dim)
+        return y.reshape(*x.shape[:-1], self.output_dim), grad.reshape(*x.shape[:-1], self.output_dim, self.spec.dim)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, params={self.spec.num_params}"

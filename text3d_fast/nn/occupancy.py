@@ -1,5 +1,6 @@
 """A coarse memory of where the radiance field is not empty."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +27,8 @@ class OccupancyGrid(torch.nn.Module):
             raise ValueError(f"resolution: expected one or three ints between 1 and 1024, got {resolution}")
         if not 1 <= levels <= 16:
             raise ValueError(f"levels: expected 1 to 16, got {levels}")
+        if levels * math.prod(size) >= 2**32:
+            raise ValueError(f"resolution: expected fewer than 2^32 cells, got {levels} levels of {size}")
         self.levels, self.resolution = levels, size
         self.register_buffer("aabb", box.clone())
         self.register_buffer("occs", torch.zeros(levels, *size))
@@ -64,7 +67,8 @@ class OccupancyGrid(torch.nn.Module):
         step < warmup: every cell; later, per level, a quarter of the cells drawn uniformly and a quarter from the
             occupied ones. The field is seen at one random point of each cell (`generator`, on the grid's device).
         occs = max(decay * occs, seen) in the cells that were looked at; binaries = occs > min(threshold, mean(occs)).
-        Without host synchronization, and deterministic: a cell drawn twice keeps the larger value.
+        Without host synchronization, and deterministic: a cell drawn twice keeps the larger value. NaN counts as not
+        looked at, infinity as the largest finite value seen, at least 1.
         """
         if step % every != 0:
             return False
@@ -75,6 +79,9 @@ class OccupancyGrid(torch.nn.Module):
             seen = torch.cat([density_fn(part).reshape(-1).float() for part in points.split(chunk)])
             if seen.shape != cells.shape:
                 raise ValueError(f"density_fn: expected one value for each of {len(cells)} points, got {len(seen)}")
+            # Infinity would never decay: it counts as the densest that was seen, at least 1.
+            finite = torch.where(seen.isfinite(), seen, 0)
+            seen = torch.where(seen == torch.inf, finite.amax().clamp(min=1) if len(seen) else 1.0, seen)
             largest = torch.full((self.cells_per_level,), -1.0, device=seen.device)
             largest.scatter_reduce_(0, cells, seen.clamp(min=0), "amax")
             old = self.occs[level].view(-1)

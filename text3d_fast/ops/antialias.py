@@ -3,7 +3,14 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, float_dtypes, require_indices, require_same_device, require_tensor
+from text3d_fast.ops.checks import (
+    alert_not_deterministic,
+    check_values,
+    float_dtypes,
+    require_indices,
+    require_same_device,
+    require_tensor,
+)
 from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference.antialias import antialias as reference_antialias
@@ -38,7 +45,9 @@ def antialias(
     color: float32 [B, H, W, C]; rast, pos, tri: as given to and returned by `rasterize` (pos [B, V, 4] or [V, 4]).
     topology: `antialias_topology(tri)`, computed here if None. pos_gradient_boost multiplies the gradient to pos.
     Returns [B, H, W, C]. Gradients to color, and to x, y, w of pos through the blend weights: this is what moves a
-    silhouette. None to rast. First order; on a CPU bitwise deterministic. No host synchronization with a topology.
+    silhouette. None to rast. First order; on a CPU bitwise deterministic. On CUDA the gradient to pos adds in any
+    order, and torch.use_deterministic_algorithms(True) makes it raise, as torch's own. No host synchronization with a
+    topology.
     Kept for the backward pass: the inputs, and on a CPU a byte a pixel.
     Only triangles that cover a pixel centre can be blended: a silhouette whose triangles are thinner than a pixel and
     fall between the centres is neither smoothed nor does it pass a gradient (as in the method's original).
@@ -86,7 +95,7 @@ def _forward(color, rast, pos, tri, topology, boost, backend):
     if native.runs_cuda_source(tri.device) and check_values():
         _check_values(rast, pos, tri, topology)
     out, flags = _fake_forward(color, rast, pos, tri, topology, boost, backend)
-    tensors = [x.contiguous() for x in (color, rast, pos, tri, topology)]
+    tensors = [native.aligned(x) for x in (color, rast, pos, tri, topology)]
     native.call("antialias_forward", *tensors, out, flags, *_sizes(rast, pos, tri), color.shape[3])
     return out, flags
 
@@ -102,7 +111,9 @@ def _fake_forward(color, rast, pos, tri, topology, boost, backend):
 def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend):
     outputs = _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend)
     outputs[1].zero_()
-    tensors = [x.contiguous() for x in (grad, color, rast, pos, tri, topology)]
+    if native.runs_cuda_source(rast.device) and wanted[1]:
+        alert_not_deterministic("antialias' gradient to pos")
+    tensors = [native.aligned(x) for x in (grad, color, rast, pos, tri, topology)]
     native.call("antialias_backward", *tensors, flags, *(g if w else None for g, w in zip(outputs, wanted)),
                 *_sizes(rast, pos, tri), color.shape[3], boost)
     return outputs

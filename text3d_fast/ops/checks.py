@@ -4,6 +4,7 @@ Public functions and registered ops share them, so that they hold in eager, comp
 """
 
 import os
+import warnings
 
 import torch
 
@@ -56,6 +57,17 @@ def require_same_device(**tensors: torch.Tensor | None) -> torch.device:
 def check_values() -> bool:
     """Does the environment ask for checks of values on a GPU, at the price of a synchronization (TEXT3D_CHECK=1)?"""
     return os.environ.get("TEXT3D_CHECK") == "1"
+
+
+def alert_not_deterministic(what: str) -> None:
+    """What torch does for its own ops without a deterministic implementation: raise, or warn if only that is asked."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (f"{what} does not have a deterministic implementation, but you set "
+               "'torch.use_deterministic_algorithms(True)'; warn_only=True lets it run")
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def require_indices(name: str, indices: torch.Tensor, count: int, lowest: int = 0) -> None:

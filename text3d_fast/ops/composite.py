@@ -35,7 +35,9 @@ def composite(sigma: torch.Tensor, values: torch.Tensor, samples: RaySamples, ea
     depth_variance [R] = sum w (m - depth)^2 / opacity, weights [S]. Rays without samples are 0.
     Gradients to sigma, values, t_starts and t_ends, from every output; first order only. No host synchronization.
     Kept for the backward pass: 4 bytes a sample and 12 a ray besides the inputs.
-    Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for offsets that do not rise.
+    Negative densities follow the formulae: weights, opacity and depth_variance may then be negative.
+    Raises ValueError or TypeError for wrong shapes, dtypes or devices and early_stop outside [0, 1]; on a CPU also for
+    offsets that do not rise.
     NaN in a sample spreads over its ray and no further.
     """
     arguments = (sigma, values, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets, early_stop)
@@ -56,7 +58,7 @@ def _check(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, ba
 
 
 def _forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, backend):
-    tensors = [x.contiguous() for x in (sigma, values, t_starts, t_ends, ray_offsets)]
+    tensors = [native.aligned(x) for x in (sigma, values, t_starts, t_ends, ray_offsets)]
     outputs = _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, backend)
     if backend == "triton":
         from text3d_fast._triton.composite import composite_forward
@@ -76,7 +78,7 @@ def _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_s
 
 def _backward(*arguments):
     *tensors, early_stop, needs_t, backend = arguments
-    tensors = [None if x is None else x.contiguous() for x in tensors]
+    tensors = [None if x is None else native.aligned(x) for x in tensors]
     outputs = _fake_backward(*arguments)
     targets = outputs if needs_t else (*outputs[:2], None, None)
     sigma, values, ray_offsets = tensors[5], tensors[6], tensors[9]

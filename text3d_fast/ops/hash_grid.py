@@ -154,13 +154,13 @@ def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
 
 def _read(params: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """What the kernels read."""
-    return (params if table is None else table).contiguous()
+    return native.aligned(params if table is None else table)
 
 
 def _forward(x, params, table, key, active_levels, backend):
     spec = HashGridSpec.parse(key)
     y = _fake_forward(x, params, table, key, active_levels, backend)
-    _run("forward", (x.contiguous(), _read(params, table), y, None), (), spec, active_levels, backend)
+    _run("forward", (native.aligned(x), _read(params, table), y, None), (), spec, active_levels, backend)
     return y
 
 
@@ -171,7 +171,7 @@ def _fake_forward(x, params, table, key, active_levels, backend):
 def _grad_forward(x, params, table, key, active_levels, backend):
     spec = HashGridSpec.parse(key)
     y, jacobian = _fake_grad_forward(x, params, table, key, active_levels, backend)
-    _run("forward", (x.contiguous(), _read(params, table), y, jacobian), (), spec, active_levels, backend)
+    _run("forward", (native.aligned(x), _read(params, table), y, jacobian), (), spec, active_levels, backend)
     return y, jacobian
 
 
@@ -213,14 +213,14 @@ def _any_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, n
     grad_x, grad_params = _fake_backward(grad_y, x, params, table, key, active_levels, need_x, need_params, backend)
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if grad_jacobian is not None:
-        grad_jacobian = grad_jacobian.contiguous()
+        grad_jacobian = native.aligned(grad_jacobian)
     if need_params and _sums_in_fixed_point(params, grad_y):
         if grad_jacobian is None:
             fixed = _fixed_point(params, 1.0, grad_y)
         else:
             fixed = _fixed_point(params, 1.0 + spec.dim * _steepest(spec), grad_y, grad_jacobian)
-    tensors = (x.contiguous(), _read(params, table), grad_y.contiguous(), grad_jacobian, grad_x if need_x else None,
-               grad_params if need_params else None)
+    tensors = (native.aligned(x), _read(params, table), native.aligned(grad_y), grad_jacobian,
+               grad_x if need_x else None, grad_params if need_params else None)
     _run("backward", tensors, fixed, spec, active_levels, backend)
     return grad_x, grad_params
 
@@ -238,11 +238,11 @@ def _second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active
     outputs = _fake_second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active_levels, need_x,
                            need_params, backend)
     grad_grad_y, grad_x, grad_params = outputs
-    cotangents = [None if c is None else c.contiguous() for c in (cotangent_x, cotangent_params)]
+    cotangents = [None if c is None else native.aligned(c) for c in (cotangent_x, cotangent_params)]
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if need_params and _sums_in_fixed_point(params, grad_y):
         fixed = _fixed_point(params, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec), grad_y)
-    tensors = (x.contiguous(), _read(params, table), grad_y.contiguous(), *cotangents, grad_grad_y,
+    tensors = (native.aligned(x), _read(params, table), native.aligned(grad_y), *cotangents, grad_grad_y,
                grad_x if need_x else None, grad_params if need_params else None)
     _run("second", tensors, fixed, spec, active_levels, backend)
     return outputs

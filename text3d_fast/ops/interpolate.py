@@ -38,6 +38,9 @@ def interpolate(
     if chosen and rast_db is None:
         raise ValueError("rast_db: expected a tensor, since diff_attrs asks for derivatives, got None")
     backend = backends.choose("interpolate", attr.device)
+    if rast_db is not None and not chosen:  # not read, but wrong all the same
+        require_tensor("rast_db", rast_db, tuple(rast.shape), *float_dtypes(backend))
+        require_same_device(attr=attr, rast_db=rast_db)
     arguments = (attr, rast, tri, rast_db if chosen else None, chosen)
     if backend == "reference":
         _check(*arguments, backend)
@@ -86,8 +89,8 @@ def _sizes(attr, rast, tri, diff_attrs):
 
 
 def _forward(attr, rast, tri, rast_db, diff_attrs, backend):
-    attr, rast, tri = attr.contiguous(), rast.contiguous(), tri.contiguous()
-    rast_db = None if rast_db is None else rast_db.contiguous()
+    attr, rast, tri = native.aligned(attr), native.aligned(rast), native.aligned(tri)
+    rast_db = None if rast_db is None else native.aligned(rast_db)
     if native.runs_cuda_source(attr.device) and check_values():
         require_indices("tri", tri, attr.shape[-2])
         require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
@@ -103,8 +106,8 @@ def _fake_forward(attr, rast, tri, rast_db, diff_attrs, backend):
 
 
 def _backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr, backend):
-    grad_out, grad_da, attr, rast, tri = (x.contiguous() for x in (grad_out, grad_da, attr, rast, tri))
-    rast_db = None if rast_db is None else rast_db.contiguous()
+    grad_out, grad_da, attr, rast, tri = (native.aligned(x) for x in (grad_out, grad_da, attr, rast, tri))
+    rast_db = None if rast_db is None else native.aligned(rast_db)
     in_order = want_attr and native.runs_cuda_source(attr.device) and torch.are_deterministic_algorithms_enabled()
     grad_attr = torch.zeros_like(attr) if want_attr else attr.new_empty(0)
     grad_rast = torch.empty_like(rast)

@@ -13,6 +13,7 @@ from text3d_fast.ops.typed import typed
 from text3d_fast.reference.march_rays import march_rays as reference_march_rays
 
 backends.declare("march_rays")
+MAX_LEVELS = 64
 _RAY_BYTES, _RUNS_BYTES = 64, 200  # at least sizeof(MarchRay) and sizeof(MarchRuns), checked in the .cpp
 
 
@@ -55,8 +56,10 @@ def march_rays(
         An int: S = capacity; no synchronization, can be captured in a CUDA graph. If more samples are found, the last
         are dropped and `overflow` (bool [], on the device) is true; read it when convenient, and allocate more.
     Returns RaySamples, sorted by ray and by t. Not differentiable: a sample's position is, through `.positions`.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices, step <= 0 or cone_angle < 0.
-    NaN or infinite rays: on a CPU ValueError; on a GPU no samples (TEXT3D_CHECK=1: ValueError).
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, step <= 0 or cone_angle < 0, and for a grid of
+    more than 64 levels, of 2^32 cells or more, or without any.
+    NaN or infinite rays, or rays that are in the box at times beyond 1e38 (a direction of 1e-38): on a CPU ValueError;
+    on a GPU no samples (TEXT3D_CHECK=1: ValueError).
     """
     if capacity is not None and not 0 <= capacity < 2**31:
         raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
@@ -82,6 +85,9 @@ def _check(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     rays = origins.shape[0]
     require_tensor("directions", directions, (rays, 3), *dtypes)
     require_tensor("occupancy.binaries", binaries, ("levels", "x", "y", "z"), torch.bool)
+    if 0 in binaries.shape or binaries.shape[0] > MAX_LEVELS or binaries.numel() >= 2**32:
+        raise ValueError(f"occupancy.binaries: expected 1 to {MAX_LEVELS} levels, sides of at least 1 and fewer than "
+                         f"2^32 cells, got shape {list(binaries.shape)}")
     require_tensor("occupancy.aabb", aabb, (6,), *dtypes)
     for name, value in (("near", near), ("far", far), ("jitter", jitter)):
         if value is not None:
@@ -98,7 +104,8 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
            backend):
     device, rays = origins.device, origins.shape[0]
     levels, x, y, z = binaries.shape
-    inputs = [None if t is None else t.contiguous() for t in (origins, directions, binaries, aabb, near, far, jitter)]
+    inputs = (origins, directions, binaries, aabb, near, far, jitter)
+    inputs = [None if t is None else native.aligned(t) for t in inputs]
 
     def scratch(size: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -120,7 +127,7 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
         found, not_finite, too_many_steps, too_many_samples = info.tolist()
         if not_finite and (on_cpu or check_values()):
             raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, and jitter in "
-                             "[0, 1); some ray has other values")
+                             "[0, 1), and times inside the box below 1e38; some ray has other values")
         if too_many_steps:
             raise ValueError(f"step: {step} cuts the part of some ray inside the box into more than 2^24 intervals")
         if too_many_samples:

@@ -72,7 +72,7 @@ def _sizes(bad: torch.Tensor, *offsets: torch.Tensor) -> list[int]:
 
 
 def _kuhn_forward(positions, sdf, nx, ny, nz, backend):
-    positions, sdf = positions.contiguous(), sdf.contiguous()
+    positions, sdf = native.aligned(positions), native.aligned(sdf)
     words = (nx + 1) * (ny + 1) * ((nz + 64) // 64)
     signs = torch.empty(words, dtype=torch.int64, device=sdf.device)
     counts = torch.zeros(3, words + 1, dtype=torch.int32, device=sdf.device)
@@ -95,7 +95,7 @@ def _fake_kuhn_forward(positions, sdf, nx, ny, nz, backend):
 
 
 def _kuhn_backward_kernel(grad, positions, sdf, signs, offsets, nx, ny, nz, with_positions, backend):
-    grad, positions, sdf = grad.contiguous(), positions.contiguous(), sdf.contiguous()
+    grad, positions, sdf = native.aligned(grad), native.aligned(positions), native.aligned(sdf)
     grad_sdf = torch.zeros_like(sdf)
     grad_positions = torch.zeros_like(positions) if with_positions else positions.new_empty(0, 3)
     native.call("marching_tets_kuhn_backward", grad, positions, sdf, signs, offsets,
@@ -128,7 +128,7 @@ def _word_count(n):
 
 
 def _tets_forward(positions, sdf, num_vertices, tets, edges, tet_edges, low_offsets, high_offsets, high_edges, backend):
-    positions, sdf = positions.contiguous(), sdf.contiguous()
+    positions, sdf, tets, edges, tet_edges = map(native.aligned, (positions, sdf, tets, edges, tet_edges))
     num_tets, num_edges = len(tets), len(edges)
     signs = torch.empty(_word_count(num_vertices), dtype=torch.int64, device=sdf.device)
     crossing = torch.empty(_word_count(num_edges), dtype=torch.int64, device=sdf.device)
@@ -157,7 +157,7 @@ def _fake_tets_forward(positions, sdf, num_vertices, tets, edges, *rest):
 
 def _tets_backward_kernel(grad, positions, sdf, edges, low_offsets, high_offsets, high_edges, crossing, edge_offsets,
                           with_positions, backend):
-    grad, positions, sdf = grad.contiguous(), positions.contiguous(), sdf.contiguous()
+    grad, positions, sdf = native.aligned(grad), native.aligned(positions), native.aligned(sdf)
     grad_sdf = sdf.new_empty(sdf.shape)
     grad_positions = positions.new_empty(positions.shape if with_positions else (0, 3))
     native.call("marching_tets_backward", grad, positions, sdf, edges, low_offsets, high_offsets, high_edges, crossing,

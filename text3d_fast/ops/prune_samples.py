@@ -31,6 +31,7 @@ def prune_samples(
     gradients costs 3 S; a first look without gradients, pruning and a second look at K samples S + 3 K: better if
     K < 2/3 S, which opaque objects reach soon. With features from the first look (`features[kept]`) there is one
     evaluation only, and a backward pass that skips rows without a gradient costs S + 2 K.
+    A NaN in sigma keeps its sample and those behind it on its ray; other rays do not see it.
     Raises ValueError or TypeError for wrong shapes, dtypes or devices.
     """
     count = samples.num_samples
@@ -43,15 +44,19 @@ def prune_samples(
         raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
     device = sigma.device
     optical = sigma * (samples.t_ends - samples.t_starts)
-    # One running sum over all rays: in double precision the ray's own part keeps its digits. Clamped, as a wall of
-    # infinite density must not turn the rays behind it in memory into NaN.
-    before = torch.cumsum(optical.double().clamp(max=1e4), 0) - optical.double().clamp(max=1e4)
+    # One running sum over all rays, without a synchronization: in double precision a ray's own part keeps its digits.
+    # Neither a wall of infinite density nor a NaN may reach the rays behind it in memory: 1000 is as opaque as
+    # infinity, and NaN is counted apart. What lies behind a NaN on its own ray is kept.
+    unknown = optical.isnan()
+    depths = optical.double().nan_to_num(0.0).clamp(-1e3, 1e3)
+    before, unknown_before = depths.cumsum(0) - depths, unknown.cumsum(0, dtype=torch.int32) - unknown.int()
     ray_begin = samples.ray_offsets[:-1].long()
     ids = samples.ray_ids.long()
     keep = torch.arange(count, device=device) < samples.ray_offsets[-1]
     if count:
-        depth = before - before[ray_begin.clamp(max=count - 1)][ids]
-        keep &= ~(depth > (math.inf if early_stop == 0 else -math.log(early_stop)))
+        first = ray_begin.clamp(max=count - 1)[ids]
+        hidden = before - before[first] > (math.inf if early_stop == 0 else -math.log(early_stop))
+        keep &= ~hidden | (unknown_before > unknown_before[first])
         keep &= ~(optical < -math.log1p(-alpha_threshold))
     position = torch.nn.functional.pad(keep.cumsum(0, dtype=torch.int32), (1, 0))
     offsets = position[samples.ray_offsets.long()]

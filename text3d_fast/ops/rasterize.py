@@ -40,13 +40,15 @@ def rasterize(
     No face is culled; all are clipped to the near and far planes, so w <= 0 is fine. Coverage is watertight: vertices
     are snapped to 1/256 pixel, and of two triangles at an edge exactly one owns a pixel centre on it. The nearest
     triangle is seen, on a tie the last; identical on every device and run.
-    Gradients: from u, v and rast_db to x, y, w of pos (of the formulae without the clamps, denominators at least 1e-6);
-    z/w and the index pass none. First order only. Reproducible bit for bit on a CPU, and on CUDA under
-    torch.use_deterministic_algorithms(True). No host synchronization on CUDA.
+    Gradients: from u, v and rast_db to x, y, w of pos (of the formulae without the clamps, denominators at least 1e-6
+    of what a triangle of that extent has when it is not thin); z/w and the index pass none. First order only.
+    Reproducible bit for bit on a CPU, and on CUDA under torch.use_deterministic_algorithms(True). No host
+    synchronization on CUDA.
     Scratch: 16 bytes a vertex, and on CUDA 8 a pixel and 8 a triangle and image. Kept for the backward pass: rast.
+    Triangles with a NaN or infinite vertex are not drawn; vertices that no triangle uses may be anything.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices and ranges, on a CPU also for vertex indices out of
-    range and for NaN or infinite positions; on CUDA triangles with such vertices are not drawn, or raise if the
-    environment has TEXT3D_CHECK=1.
+    range, whose triangles are not drawn on CUDA. With TEXT3D_CHECK=1 in the environment those raise on CUDA too, and
+    NaN or infinite positions everywhere.
     """
     backend = backends.choose("rasterize", pos.device)
     return _layer(pos, tri, ranges, None, resolution, grad_db, False, backend)[:2]
@@ -57,8 +59,8 @@ def _layer(pos, tri, ranges, previous, resolution, grad_db, want_keys, backend):
     if backend != "reference":
         return _rasterize(*arguments)
     _check(*arguments)
-    _check_ranges(ranges, tri)
     require_indices("tri", tri, pos.shape[-2])
+    _check_values(pos, tri, ranges)
     return reference.rasterize(pos, tri, resolution, ranges, grad_db, previous)
 
 
@@ -82,11 +84,13 @@ def _check(pos, tri, ranges, previous, height, width, grad_db, want_keys, backen
         raise ValueError(f"ranges: expected device cpu, got {ranges.device}")
 
 
-def _check_ranges(ranges, tri):
-    if ranges is None or ranges.numel() == 0:
-        return
-    if int(ranges.min()) < 0 or int(ranges.long().sum(1).max()) > tri.shape[0]:
+def _check_values(pos, tri, ranges):
+    drawn = ranges is not None and ranges.numel() > 0
+    if drawn and (int(ranges.min()) < 0 or int(ranges.long().sum(1).max()) > tri.shape[0]):
         raise ValueError(f"ranges: expected (start, count) within {tri.shape[0]} triangles, got {ranges.tolist()}")
+    if check_values():
+        require_indices("tri", tri, pos.shape[-2])
+        require_finite("pos", pos)
 
 
 class DepthPeeler:
@@ -131,12 +135,9 @@ class DepthPeeler:
 
 
 def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):
-    _check_ranges(ranges, tri)
-    pos, tri = pos.contiguous(), tri.contiguous()
+    _check_values(pos, tri, ranges)
+    pos, tri = native.aligned(pos), native.aligned(tri)
     on_gpu = native.runs_cuda_source(pos.device)
-    if on_gpu and check_values():
-        require_indices("tri", tri, pos.shape[-2])
-        require_finite("pos", pos)
     rast, rast_db, keys = _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys or on_gpu,
                                         backend)
     instanced, vertices = pos.dim() == 3, pos.shape[-2]
@@ -145,7 +146,7 @@ def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, back
     capacity = rast.shape[0] * largest if on_gpu else 0
     queue = pos.new_empty(4 + 2 * capacity, dtype=torch.int32) if on_gpu else None
     if ranges is not None:
-        ranges = ranges.contiguous().to(pos.device, non_blocking=True)
+        ranges = native.aligned(ranges.to(pos.device, non_blocking=True))
     native.call("rasterize_forward", pos, tri, ranges, previous, snapped, keys if keys.numel() else None, queue, rast,
                 rast_db, rast.shape[0], vertices, tri.shape[0], largest, capacity, height, width, int(instanced))
     return rast, rast_db, keys if want_keys else keys.new_empty(0)
@@ -159,8 +160,8 @@ def _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys,
 
 
 def _backward(grad_rast, grad_db, pos, tri, rast, backend):
-    grad_rast, pos, tri, rast = (x.contiguous() for x in (grad_rast, pos, tri, rast))
-    grad_db = None if grad_db is None else grad_db.contiguous()
+    grad_rast, pos, tri, rast = (native.aligned(x) for x in (grad_rast, pos, tri, rast))
+    grad_db = None if grad_db is None else native.aligned(grad_db)
     grad_pos = torch.zeros_like(pos)
     batch, height, width, _ = rast.shape
     by_pixel = None

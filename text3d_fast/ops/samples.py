@@ -60,6 +60,6 @@ def check_samples(
     require_tensor("samples.ray_ids", ray_ids, (count,), torch.int32)
     require_tensor("samples.ray_offsets", ray_offsets, ("rays + 1",), torch.int32)
     if ray_offsets.shape[0] == 0:
-        raise ValueError("samples.ray_offsets: expected shape [rays + 1], got [0]")
+        raise ValueError("samples.ray_offsets: expected shape [rays + 1], at least one entry, got [0]")
     require_same_device(sigma=sigma, **{"samples.t_starts": t_starts, "samples.t_ends": t_ends,
                                         "samples.ray_ids": ray_ids, "samples.ray_offsets": ray_offsets})

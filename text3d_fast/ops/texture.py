@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import check_values, float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.checks import (
+    alert_not_deterministic,
+    check_values,
+    float_dtypes,
+    require_finite,
+    require_same_device,
+    require_tensor,
+)
 from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference.texture import BOUNDARIES, FILTERS, downsample
@@ -24,17 +31,18 @@ def mip_stack(
     Built once, it can be passed as `mip` to many `texture` calls; gradients flow through it to `tex`.
     Raises ValueError where a side greater than 1 is odd, unless max_mip_level stops before it.
     """
+    if boundary_mode == "cube" and tex.dim() != 5:
+        raise ValueError(f"tex: expected shape [batch, 6, size, size, channels], got {list(tex.shape)}")
     levels, current = [], tex
     limit = MAX_MIPS - 1 if max_mip_level is None else min(max_mip_level, MAX_MIPS - 1)
     while len(levels) < limit and max(current.shape[-3:-1]) > 1:
         height, width = current.shape[-3:-1]
         if (height > 1 and height % 2) or (width > 1 and width % 2):
-            raise ValueError(f"tex: expected even sides for mip level {len(levels) + 1}, got {height} x {width}; "
-                             f"pass max_mip_level={len(levels)} to stop there")
+            size = " x ".join(map(str, tex.shape[-3:-1]))
+            raise ValueError(f"tex: expected even sides for mip level {len(levels) + 1}, got {height} x {width} (from "
+                             f"{size}); max_mip_level={len(levels)} is the largest that works")
         current = downsample(current)
         levels.append(current)
-    if boundary_mode == "cube" and tex.dim() != 5:
-        raise ValueError(f"tex: expected shape [batch, 6, size, size, channels], got {list(tex.shape)}")
     return levels
 
 
@@ -59,11 +67,15 @@ def texture(
     mip_level_bias is given, otherwise linear. boundary_mode: wrap, clamp, zero or cube (seamless; a missing corner
     texel is the mean of the other three).
     Level = log2 of the longer axis of the pixel's footprint in texels (Heckbert 1989) + bias, clamped to the stack.
+    Where a coordinate is NaN or infinite, and for the direction (0, 0, 0), the result is 0 and passes no gradient; NaN
+    in uv_da or mip_level_bias means the finest level.
     Returns [B, h, w, C]. Gradients: nearest to tex; linear and linear-mipmap-nearest to tex and uv;
     linear-mipmap-linear to tex (or each level of a custom stack), uv, uv_da and mip_level_bias. First order.
-    On a CPU the gradients are bitwise deterministic. No host synchronization on a GPU.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices and modes, on a CPU for NaN coordinates too (on a
-    GPU those give 0, and raise under TEXT3D_CHECK=1).
+    Those to textures are summed in double precision (8 bytes of scratch for each of their numbers). On a CPU the
+    gradients are bitwise deterministic; on CUDA those to textures add in any order, and
+    torch.use_deterministic_algorithms(True) makes them raise, as torch's own. No host synchronization on a GPU.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices and modes, and with TEXT3D_CHECK=1 in the
+    environment for coordinates that are NaN or infinite and for NaN in uv_da and mip_level_bias.
     """
     if boundary_mode not in BOUNDARIES:
         raise ValueError(f"boundary_mode: expected one of {', '.join(BOUNDARIES)}, got {boundary_mode!r}")
@@ -91,6 +103,7 @@ def texture(
     arguments = (mips, uv, uv_da, mip_level_bias, FILTERS.index(filter_mode), BOUNDARIES.index(boundary_mode), backend)
     if backend == "reference":
         _check(*arguments)
+        _check_values(uv, uv_da, mip_level_bias)
         return reference_texture(mips, uv, uv_da, mip_level_bias, filter_mode, boundary_mode)
     return _texture(*arguments)
 
@@ -130,24 +143,30 @@ def _check(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
                         **{f"mip[{i}]": level for i, level in enumerate(others)})
 
 
+def _check_values(uv, uv_da, bias):
+    if not check_values():
+        return
+    require_finite("uv", uv)
+    for name, value in (("uv_da", uv_da), ("mip_level_bias", bias)):
+        if value is not None and bool(value.isnan().any()):
+            raise ValueError(f"{name}: expected numbers, got NaN")
+
+
 def _levels(mips):
     heights, widths = [m.shape[-3] for m in mips], [m.shape[-2] for m in mips]
     return heights, widths, [int(m.shape[0] > 1) for m in mips]
 
 
-def _contiguous(x):
-    return None if x is None else x.contiguous()
+def _aligned(x):
+    return None if x is None else native.aligned(x)
 
 
 def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
-    mips = [m.contiguous() for m in mips]
+    mips = [native.aligned(m) for m in mips]
     out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend)
-    watched = uv.device.type == "cpu" or check_values()
-    bad = torch.zeros(1, dtype=torch.int32, device=uv.device) if watched else None
-    native.call("texture_forward", mips, *_levels(mips), uv.contiguous(), _contiguous(uv_da), _contiguous(bias), out,
-                uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode, bad)
-    if watched and bad.item():
-        raise ValueError("uv: expected finite coordinates (and directions other than 0), got NaN, infinity or 0")
+    _check_values(uv, uv_da, bias)
+    native.call("texture_forward", mips, *_levels(mips), native.aligned(uv), _aligned(uv_da), _aligned(bias), out,
+                uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode)
     return out
 
 
@@ -156,14 +175,19 @@ def _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
 
 
 def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend):
-    mips, uv = [m.contiguous() for m in mips], uv.contiguous()
+    mips, uv = [native.aligned(m) for m in mips], native.aligned(uv)
     grad_mips, *others = _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend)
-    for g in grad_mips:
-        g.zero_()
+    if native.runs_cuda_source(uv.device) and any(wanted[3:]):
+        alert_not_deterministic("texture's gradient to its texels")
+    sums = [torch.zeros(m.shape, dtype=torch.float64, device=m.device) if w else None
+            for m, w in zip(mips, wanted[3:])]
     fields = [g if g.numel() else None for g in others]
-    native.call("texture_backward", grad.contiguous(), mips, *_levels(mips), uv, _contiguous(uv_da), _contiguous(bias),
-                [g if w else None for g, w in zip(grad_mips, wanted[3:])], *fields,
+    native.call("texture_backward", native.aligned(grad), mips, *_levels(mips), uv, _aligned(uv_da), _aligned(bias),
+                sums, *fields,
                 uv.shape[0], uv.shape[1] * uv.shape[2], grad.shape[3], len(mips), filter_mode, boundary_mode)
+    for g, total in zip(grad_mips, sums):
+        if total is not None:
+            g.copy_(total)
     return grad_mips, *others
 
 

@@ -5,6 +5,28 @@ import torch
 MINIMUM_OPACITY = 1e-10  # below it depth and variance are 0 and pass no gradient
 
 
+def sums_before(per_sample: torch.Tensor, ray_offsets: torch.Tensor) -> torch.Tensor:
+    """The sum of the samples before each one on its own ray; per_sample [S] with S = ray_offsets[-1].
+
+    A segmented scan (Hillis and Steele 1986): log2(longest ray) steps, each adds the partial sum a power of two before.
+    One running sum over all rays would lose the digits of a ray among those before it, and a NaN would reach them all.
+    """
+    counts = ray_offsets.diff()
+    total = per_sample.shape[0]
+    position = torch.arange(total, device=per_sample.device)
+    position = position - torch.repeat_interleave(ray_offsets[:-1].long(), counts, output_size=total)
+    longest = int(counts.max()) if len(counts) else 0
+
+    def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+        return torch.where(position >= by, torch.cat([x.new_zeros(by), x[:-by]]), 0)
+
+    sums, reach = shifted(per_sample, 1) if total else per_sample, 1
+    while reach < longest:  # sums holds those of the `reach` samples before
+        sums = sums + shifted(sums, reach)
+        reach *= 2
+    return sums
+
+
 def composite(
     sigma: torch.Tensor,
     values: torch.Tensor,
@@ -16,17 +38,11 @@ def composite(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes and meaning as `ops.composite`; any floating dtype, differentiable any number of times."""
     rays, samples = ray_offsets.shape[0] - 1, sigma.shape[0]
-    # Padding of capacity mode has zero length, so it weighs nothing on whichever ray it claims to be.
-    count = ray_offsets[-1]
-    real = torch.arange(samples, device=sigma.device) < count
-    ids = ray_ids.long()
-    optical = torch.where(real, sigma * (t_ends - t_starts), torch.zeros_like(sigma))
-    total = torch.cumsum(optical, 0)
-    exclusive = total - optical
-    start = exclusive.new_zeros(samples)
-    if samples:
-        start = exclusive[ray_offsets[:-1].long().clamp(max=samples - 1)][ids]
-    transmittance = torch.exp(-(exclusive - start))
+    count = int(ray_offsets[-1])  # what follows is padding of capacity mode, which belongs to no ray
+    ids = ray_ids[:count].long()
+    sigma, values, t_starts, t_ends = (x[:count] for x in (sigma, values, t_starts, t_ends))
+    optical = sigma * (t_ends - t_starts)
+    transmittance = torch.exp(-sums_before(optical, ray_offsets))
     weights = transmittance * -torch.expm1(-optical)
     weights = torch.where(transmittance < early_stop, torch.zeros_like(weights), weights)
 
@@ -42,4 +58,5 @@ def composite(
     depth = torch.where(seen, accumulate(weights * middles) / safe, zero)
     spread = accumulate(weights * (middles - depth[ids]) ** 2)
     depth_variance = torch.where(seen, spread / safe, zero)
-    return accumulate(weights[:, None] * values), opacity, depth, depth_variance, weights
+    weights_out = torch.cat([weights, weights.new_zeros(samples - count)]) if samples > count else weights
+    return accumulate(weights[:, None] * values), opacity, depth, depth_variance, weights_out

@@ -2,6 +2,8 @@
 
 import torch
 
+LAST_TIME = 1e38  # later ones would not fit single precision
+
 
 def _per_ray(value: float | torch.Tensor, rays: int, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=device).expand(rays)
@@ -81,7 +83,7 @@ def march_rays(
     leave = torch.where(parallel, infinite, torch.maximum(low, high)).amin(1)
     enter, leave = torch.maximum(enter, first), torch.minimum(leave, far)
     finite = origins.isfinite().all(1) & directions.isfinite().all(1) & first.isfinite() & ~far.isnan()
-    hit = finite & (directions != 0).any(1) & (enter < leave)
+    hit = finite & (directions != 0).any(1) & (enter < leave) & (enter.abs() < LAST_TIME) & (leave.abs() < LAST_TIME)
 
     # One interval more on each side than needed: which of them count is decided by their own midpoints below.
     zero = torch.zeros_like(first)

@@ -21,7 +21,7 @@ PLANES = ("near", "far", "right", "left", "top", "bottom")
 INVALID = 1 << len(PLANES)
 MINIMUM_W = 1.17549435e-38  # the smallest normal float32: nearer to the camera's centre a point has no projection
 NOTHING = torch.iinfo(torch.int64).max  # the key of a pixel that no triangle covers
-MINIMUM_DENOMINATOR = 1e-6  # of gradients
+MINIMUM_DENOMINATOR = 1e-6  # of gradients, relative to the triangle's extent
 LARGEST_SIZE = 1 << 20  # pixels a side
 LARGEST_FLOAT_ID = 1 << 24  # ids above are stored as bit patterns
 ID_BITS_OFFSET = 0x4A800000
@@ -209,7 +209,7 @@ def image_triangles(image: int, tri: torch.Tensor, ranges: torch.Tensor | None) 
 def barycentrics(corners: torch.Tensor, fx: torch.Tensor, fy: torch.Tensor, height: int, width: int, guarded: bool):
     """Perspective-correct u, v, their pixel derivatives [N, 4] and z/w at points of [-1, 1]^2.
 
-    corners [N, 3, 4] clip space; guarded: denominators at least 1e-6, as gradients need.
+    corners [N, 3, 4] clip space; guarded: denominators at least 1e-6 of a triangle of this extent, as gradients need.
     """
     x, y, z, w = corners.unbind(-1)
     qx, qy = x - fx[:, None] * w, y - fy[:, None] * w
@@ -217,20 +217,23 @@ def barycentrics(corners: torch.Tensor, fx: torch.Tensor, fy: torch.Tensor, heig
     # a_k is affine in (fx, fy); these are its slopes.
     slope_x = [w[:, j] * qy[:, i] - w[:, i] * qy[:, j] for i, j in ((1, 2), (2, 0), (0, 1))]
     slope_y = [w[:, i] * qx[:, j] - w[:, j] * qx[:, i] for i, j in ((1, 2), (2, 0), (0, 1))]
-    inverse = _reciprocal(a[0] + a[1] + a[2], guarded)
+    total = a[0] + a[1] + a[2]
+    if guarded:
+        least = MINIMUM_DENOMINATOR * (qx.square() + qy.square()).sum(1).detach()
+        bounded = torch.where(total < 0, torch.minimum(total, -least), torch.maximum(total, least))
+        total = total + (bounded - total).detach()
+    inverse = _reciprocal(total)
     u, v = a[0] * inverse, a[1] * inverse
     sum_x, sum_y = slope_x[0] + slope_x[1] + slope_x[2], slope_y[0] + slope_y[1] + slope_y[2]
     scale_x, scale_y = inverse * (2.0 / width), inverse * (2.0 / height)
     db = torch.stack([(slope_x[0] - u * sum_x) * scale_x, (slope_y[0] - u * sum_y) * scale_y,
                       (slope_x[1] - v * sum_x) * scale_x, (slope_y[1] - v * sum_y) * scale_y], -1)
     denominator = w[:, 0] * a[0] + w[:, 1] * a[1] + w[:, 2] * a[2]
-    depth = (z[:, 0] * a[0] + z[:, 1] * a[1] + z[:, 2] * a[2]) * _reciprocal(denominator, False)
+    depth = (z[:, 0] * a[0] + z[:, 1] * a[1] + z[:, 2] * a[2]) * _reciprocal(denominator)
     return u, v, db, depth.clamp(-1, 1)
 
 
-def _reciprocal(x, guarded):
-    if guarded:
-        x = torch.where(x.abs() < MINIMUM_DENOMINATOR, torch.copysign(torch.full_like(x, MINIMUM_DENOMINATOR), x), x)
+def _reciprocal(x):
     return torch.where(x == 0, torch.zeros_like(x), 1 / torch.where(x == 0, torch.ones_like(x), x))
 
 

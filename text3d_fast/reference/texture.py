@@ -72,7 +72,7 @@ def sample_level(level: torch.Tensor, coordinates: torch.Tensor, boundary: str, 
     """One level at [B, N, 2] (cube: directions [B, N, 3]) -> [B, N, C]."""
     cube = boundary == "cube"
     height, width = level.shape[-3:-1]
-    texels = level.reshape(level.shape[0], -1, level.shape[-1])
+    texels = level.reshape(level.shape[0], (6 if cube else 1) * height * width, level.shape[-1])
     if cube:
         face, st = cube_coordinates(coordinates)
     else:
@@ -116,6 +116,11 @@ def sample_level(level: torch.Tensor, coordinates: torch.Tensor, boundary: str, 
     return sum(w[..., None] * v for w, v in zip(kept, values))
 
 
+def _at_least(x: torch.Tensor, bound: float) -> torch.Tensor:
+    """The larger of both; the bound for NaN."""
+    return torch.where(x > bound, x, torch.full_like(x, bound))
+
+
 def mip_level(coordinates, uv_da, bias, height, width, levels, boundary):
     """Level [B, N] in [0, levels - 1] from image-space derivatives [B, N, 4] (cube: [B, N, 6]).
 
@@ -125,7 +130,9 @@ def mip_level(coordinates, uv_da, bias, height, width, levels, boundary):
     if uv_da is None:
         level = torch.zeros_like(coordinates[..., 0])
     else:
-        derivative = uv_da.reshape(*uv_da.shape[:-1], -1, 2)  # [..., coordinate, (X, Y)]
+        # NaN is the finest level, without a gradient
+        derivative = torch.where(uv_da.isnan().any(-1, keepdim=True), torch.zeros_like(uv_da), uv_da)
+        derivative = derivative.reshape(*uv_da.shape[:-1], uv_da.shape[-1] // 2, 2)  # [..., coordinate, (X, Y)]
         if boundary == "cube":
             face, st = cube_coordinates(coordinates)
             axis, sign, s_axis, s_sign, t_axis, t_sign = torch.tensor(CUBE_FACES, device=face.device)[face].unbind(-1)
@@ -139,10 +146,10 @@ def mip_level(coordinates, uv_da, bias, height, width, levels, boundary):
         size = torch.tensor([width, height], dtype=derivative.dtype, device=derivative.device)
         d = derivative * size[:, None]
         a, b, c = (d[..., 0] ** 2).sum(-1), (d[..., 1] ** 2).sum(-1), (d[..., 0] * d[..., 1]).sum(-1)
-        root = ((0.25 * (a - b) ** 2 + c**2).clamp(min=1e-30)).sqrt()
-        level = 0.5 * torch.log2((0.5 * (a + b) + root).clamp(min=1e-30))
+        root = _at_least(0.25 * (a - b) ** 2 + c**2, 1e-30).sqrt()
+        level = 0.5 * torch.log2(_at_least(0.5 * (a + b) + root, 1e-30))
     if bias is not None:
-        level = level + bias
+        level = level + torch.where(bias.isnan(), -torch.inf, bias)
     return level.clamp(0, levels - 1)
 
 
@@ -156,10 +163,15 @@ def texture(
 ) -> torch.Tensor:
     """mips: level 0 first, each [B or 1, H, W, C] (cube: [B or 1, 6, N, N, C]); the rest as `ops.texture`."""
     batch, height, width = uv.shape[:3]
-    coordinates = uv.reshape(batch, -1, uv.shape[-1])
+    coordinates = uv.reshape(batch, height * width, uv.shape[-1])
+    # NaN and infinite coordinates and the direction 0 sample 0 and pass no gradient: look up any other place for them.
+    valid = coordinates.isfinite().all(-1, keepdim=True)
+    if boundary_mode == "cube":
+        valid = valid & (coordinates != 0).any(-1, keepdim=True)
+    coordinates = torch.where(valid, coordinates, torch.ones_like(coordinates))
     if filter_mode in ("nearest", "linear"):
         out = sample_level(mips[0], coordinates, boundary_mode, filter_mode == "nearest")
-        return out.reshape(batch, height, width, -1)
+        return torch.where(valid, out, 0).reshape(batch, height, width, mips[0].shape[-1])
     flat = lambda x: None if x is None else x.reshape(batch, height * width, *x.shape[3:])
     level = mip_level(coordinates, flat(uv_da), flat(bias), *mips[0].shape[-3:-1], len(mips), boundary_mode)
     if filter_mode == "linear-mipmap-nearest":
@@ -170,4 +182,4 @@ def texture(
         fraction = level - low
         weights = [(low == i) * (1 - fraction) + (low == i - 1) * fraction for i in range(len(mips))]
     out = sum(w[..., None] * sample_level(m, coordinates, boundary_mode, False) for w, m in zip(weights, mips))
-    return out.reshape(batch, height, width, -1)
+    return torch.where(valid, out, 0).reshape(batch, height, width, mips[0].shape[-1])

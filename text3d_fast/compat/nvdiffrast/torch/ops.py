@@ -6,21 +6,30 @@ survive depth peeling; there is no limit on the resolution; contexts hold nothin
 
 import logging
 
+import torch
+
 from text3d_fast import ops
 
 _log = logging.getLogger("text3d_fast.compat.nvdiffrast")
 _LEVELS = (logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
 
-class RasterizeCudaContext:
-    """Stands for the original's rasterizer context; holds no resources."""
+class _Context:
+    """Stands for the original's rasterizer contexts; holds no resources."""
 
     def __init__(self, device=None):
         self.device = device
         self.active_depth_peeler = None
 
 
-class RasterizeGLContext(RasterizeCudaContext):
+class RasterizeCudaContext(_Context):
+    """Holds no resources, and works on every device."""
+
+    def __init__(self, device=None):
+        super().__init__(device)
+
+
+class RasterizeGLContext(_Context):
     """The same; no OpenGL is involved. output_db and mode are accepted and change nothing."""
 
     def __init__(self, output_db=True, mode="automatic", device=None):
@@ -38,8 +47,13 @@ class RasterizeGLContext(RasterizeCudaContext):
 
 
 def _check_context(glctx) -> None:
-    if not isinstance(glctx, RasterizeCudaContext):
+    if not isinstance(glctx, _Context):
         raise TypeError(f"glctx: expected RasterizeCudaContext or RasterizeGLContext, got {type(glctx).__name__}")
+
+
+def _ranges(pos, ranges):
+    """The original ignores ranges in instanced mode, where pos has a batch dimension."""
+    return None if isinstance(pos, torch.Tensor) and pos.dim() == 3 else ranges
 
 
 def rasterize(glctx, pos, tri, resolution, ranges=None, grad_db=True):
@@ -47,7 +61,7 @@ def rasterize(glctx, pos, tri, resolution, ranges=None, grad_db=True):
     _check_context(glctx)
     if glctx.active_depth_peeler is not None:
         raise RuntimeError("glctx: rasterize cannot be called while a DepthPeeler of the same context is active")
-    return ops.rasterize(pos, tri, resolution, ranges, grad_db)
+    return ops.rasterize(pos, tri, resolution, _ranges(pos, ranges), grad_db)
 
 
 class DepthPeeler:
@@ -56,7 +70,7 @@ class DepthPeeler:
     def __init__(self, glctx, pos, tri, resolution, ranges=None, grad_db=True):
         _check_context(glctx)
         self._context = glctx
-        self._peeler = ops.DepthPeeler(pos, tri, resolution, ranges, grad_db)
+        self._peeler = ops.DepthPeeler(pos, tri, resolution, _ranges(pos, ranges), grad_db)
 
     def __enter__(self):
         if self._context.active_depth_peeler is not None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 PACKAGES = (
     "nvdiffrast",
+    "nerfacc",
 )
 _HOME = __name__.rpartition(".")[0]
 

@@ -1,0 +1,1 @@
+"""What finds where along a ray to sample."""

@@ -14,6 +14,7 @@
 #include "interpolate/interpolate.h"
 #include "rasterize/rasterize.h"
 #include "hash_grid/hash_grid.h"
+#include "mlp/mlp.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
@@ -47,6 +48,12 @@
   TEXT3D_ENTRY(antialias_backward, AntialiasBackwardParams)             \
   TEXT3D_ENTRY(texture_forward, TextureParams)                          \
   TEXT3D_ENTRY(texture_backward, TextureBackwardParams)                 \
+
+// no CUDA kernels yet
+#define TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)                                \
+  TEXT3D_ENTRY(mlp_forward, MLPForwardParams)                           \
+  TEXT3D_ENTRY(mlp_backward, MLPBackwardParams)                         \
+  TEXT3D_ENTRY(mlp_second, MLPSecondParams)                             \
 // clang-format on
 
 namespace py = pybind11;
@@ -59,16 +66,19 @@ namespace text3d {
 namespace baseline {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
+TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace baseline
 namespace avx2 {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
+TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace avx2
 namespace avx512 {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
+TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace avx512
 namespace cuda {
@@ -169,5 +179,8 @@ PYBIND11_MODULE(TEXT3D_MODULE, module) {
   module.attr("emulated") = bool(TEXT3D_EMULATED);
 #define TEXT3D_ENTRY(name, Params) define<Params>(module, #name, TEXT3D_CPU(name), TEXT3D_GPU(name));
   TEXT3D_ENTRIES(TEXT3D_ENTRY)
+#undef TEXT3D_ENTRY
+#define TEXT3D_ENTRY(name, Params) define<Params>(module, #name, TEXT3D_CPU(name), nullptr);
+  TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }

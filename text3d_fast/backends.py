@@ -17,6 +17,7 @@ from text3d_fast import native
 
 BACKENDS = ("native", "triton", "reference")
 _has_triton_twin: dict[str, bool] = {}
+_has_cuda: dict[str, bool] = {}
 _warned: set[str] = set()
 
 
@@ -75,9 +76,10 @@ def requested() -> str | None:
     return _requested_in_compilation(_last_requested) if torch.compiler.is_compiling() else _requested.get()
 
 
-def declare(op: str, *, triton: bool = False) -> None:
-    """Called by each op once: its name, and whether a Triton twin exists."""
+def declare(op: str, *, triton: bool = False, cuda: bool = True) -> None:
+    """Called by each op once: its name, and whether a Triton twin and CUDA kernels exist."""
     _has_triton_twin[op] = triton
+    _has_cuda[op] = cuda
 
 
 def reason_against(backend: str, op: str, device_type: str) -> str | None:
@@ -85,6 +87,8 @@ def reason_against(backend: str, op: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
+        if not _has_cuda[op] and (device_type == "cuda" or native.emulated()):
+            return f"{op} has no CUDA kernel"
         return native.reason_against(device_type)
     if not _has_triton_twin[op]:
         return f"{op} has no Triton kernel"
@@ -109,13 +113,14 @@ def choose(op: str, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {wanted!r} cannot serve {op} on {device_type}: {reason}")
         return wanted
-    if device_type == "meta" or native.reason_against(device_type) is None:
+    if device_type == "meta" or reason_against("native", op, device_type) is None:
         return "native"  # on meta: the fake kernel, which knows shapes
     if device_type == "cuda" and reason_against("triton", op, device_type) is None:
         return "triton"
     if device_type == "cuda" and op not in _warned:
         _warned.add(op)
-        warnings.warn(f"{op} runs as its slow torch reference: {native.reason_against('cuda')}", BackendWarning, 4)
+        reason = reason_against("native", op, device_type)
+        warnings.warn(f"{op} runs as its slow torch reference: {reason}", BackendWarning, 4)
     return "reference"
 
 

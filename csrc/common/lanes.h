@@ -25,7 +25,7 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Uints __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return value - Floats{}; }  // value + 0 would be an addition: of -0
 
 inline Floats load_lanes(const float* from) {
   Floats lanes;
@@ -45,6 +45,8 @@ inline void store_lanes(float* to, Floats lanes) { std::memcpy(to, &lanes, sizeo
 inline Floats min_of(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max_of(Floats a, Floats b) { return a > b ? a : b; }
 inline Uints min_of(Uints a, Uints b) { return a < b ? a : b; }
+inline Floats bits_to_float(Uints bits) { return (Floats)bits; }
+inline Uints float_to_bits(Floats value) { return (Uints)value; }
 inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
 inline bool any(Ints mask) {

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from text3d_fast import ops
 from text3d_fast.geometry import Mesh
 from text3d_fast.nn import DeformableTetGrid
 
@@ -24,6 +25,15 @@ def test_a_ball_is_closed_and_has_its_volume(lattice):
     # facets of side 0.1 cut off a few percent of a ball of radius 0.5
     assert mesh.volume() == pytest.approx(4 / 3 * math.pi * 0.125, rel=0.03)
     assert len(grid.crossing_edges()) == len(mesh.vertices)
+
+
+def test_crossing_edges_of_a_kuhn_grid_are_those_of_its_list():
+    grid = ops.TetGrid.kuhn((3, 5, 4))
+    sdf = torch.randn(grid.num_vertices, generator=torch.Generator().manual_seed(0))
+    low, high = grid.edges.long().unbind(-1)
+    expected = grid.edges[(sdf[low] > 0) != (sdf[high] > 0)]
+    assert torch.equal(grid.crossing_edges(sdf), expected) and grid.crossing_edges(sdf).dtype == torch.int32
+    assert grid.crossing_edges(torch.ones_like(sdf)).shape == (0, 2)
 
 
 def test_what_touches_the_cube_is_closed_there():

@@ -110,6 +110,7 @@ def test_interface(prior):
 def test_a_broken_cache_file_is_rendered_again(folder, monkeypatch):
     monkeypatch.setenv("TEXT3D_CACHE", str(folder / "other"))
     first = bank.caption_bank(parse("a red ball"), 4, 1, 16, progress=False)
+    first = bank.Bank(first.images.copy(), first.cameras)  # not mapped from the file that is cut short below
     (path,) = (folder / "other" / "toybox").glob("*.npy")
     path.write_bytes(path.read_bytes()[:300])
     again = bank.caption_bank(parse("a red ball, front view"), 4, 1, 16, progress=False)
@@ -127,3 +128,41 @@ def test_even_cameras_are_even():
     probe = bank.even_cameras(3000)
     reach = bank.angles_between(probe, cameras).min(1).values.rad2deg()
     assert gap.min() > 3 and reach.max() < 7 and reach.mean() < 3.5
+
+
+def test_a_window_is_the_true_part_of_the_picture(folder, monkeypatch):
+    monkeypatch.setenv("TEXT3D_CACHE", str(folder))
+    prior = AnalyticPrior(members=1, cameras=6, progress=False, image_size=32, detail=64)
+    bank_ = prior.bank("a red mug")
+    assert isinstance(bank_.images, np.memmap)  # read as far as it is looked at
+    camera, background = bank_.cameras[3:4], torch.tensor([[0.2, 0.7, 0.4]])
+    t, x = torch.tensor([0.3]), torch.zeros(1, 3, 32, 32)
+
+    def clean(window):
+        window = None if window is None else torch.tensor([window])
+        return prior.predict_sample(x, t, Conditions(["a red mug"], camera, background, window=window))[0]
+
+    whole = _images(bank_, [3], background[0])[0].float()
+    assert torch.allclose(clean((-0.5, 0.5, 0.5)), whole[:, :32, :32], atol=1e-5)  # the upper left quarter, as rendered
+    assert torch.allclose(clean((0.25, -0.25, 0.5)), whole[:, 24:56, 24:56], atol=1e-5)
+    reduced = torch.nn.functional.avg_pool2d(whole, 2)
+    assert torch.allclose(clean((0.0, 0.0, 1.0)), reduced, atol=1e-5)
+    assert torch.allclose(clean(None), reduced, atol=1e-5)
+    words = prior.predict_sample(x, t, Conditions(["a red mug"], None, background))
+    assert words.shape == x.shape  # any view, reduced to 32
+    corner = torch.tensor([[-0.5, 0.5, 0.5]])
+    anywhere = prior.predict_sample(x, t, Conditions(["a red mug"], None, background, window=corner))
+    corners = torch.stack([image[:, :32, :32] for image in _images(bank_, range(6), background[0])]).float()
+    alpha, sigma = prior.schedule.alpha_sigma(t)
+    weights = torch.softmax(-(alpha * corners).square().sum((1, 2, 3)) / (2 * sigma**2), 0)
+    assert torch.allclose(anywhere[0], torch.einsum("n,nchw->chw", weights, corners), atol=2e-3)
+    with pytest.raises(ValueError, match="detail: expected a multiple of image_size = 32"):
+        AnalyticPrior(image_size=32, detail=40)
+
+
+def test_banks_are_the_same_on_any_number_of_threads(folder, monkeypatch):
+    monkeypatch.setenv("TEXT3D_CACHE", str(folder / "one"))
+    first = bank.caption_bank(parse("a striped blue mug"), 5, 2, 64, progress=False)
+    monkeypatch.setenv("TEXT3D_CACHE", str(folder / "two"))
+    torch.set_num_threads(3)
+    assert np.array_equal(first.images, bank.caption_bank(parse("a striped blue mug"), 5, 2, 64, progress=False).images)

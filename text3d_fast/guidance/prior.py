@@ -21,6 +21,8 @@ class Conditions:
     background   [B, 3] rgb in 0..1; a row of NaN is dropped; None drops all
     pose         [B, 4, 4] camera to world; a row of NaN is dropped; None drops all. Where `camera` says from which side
                  an object is seen, this is the whole camera: what a learned score of the rendered images is given
+    window       [B, 3] x, y, size: the images show only that part of what the camera sees, whose whole picture is -1..1
+                 to the right and up (see `scene.Cameras`); a row of NaN, or None: all of it
 
     A prior that does not know a condition ignores it.
     """
@@ -29,6 +31,7 @@ class Conditions:
     camera: Tensor | None = None
     background: Tensor | None = None
     pose: Tensor | None = None
+    window: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str):
@@ -52,6 +55,7 @@ class Conditions:
             self.camera if keep_camera else None,
             self.background if keep_background else None,
             self.pose if keep_camera else None,
+            self.window,
         )
 
     def with_texts(self, texts: list[str]) -> Conditions:
@@ -88,7 +92,7 @@ class Conditions:
         return Conditions([text for part in parts for text in part.texts], **{name: join(name) for name in _SIZES})
 
 
-_SIZES = {"camera": (3,), "background": (3,), "pose": (4, 4)}  # of one row
+_SIZES = {"camera": (3,), "background": (3,), "pose": (4, 4), "window": (3,)}  # of one row
 
 
 @runtime_checkable

@@ -57,11 +57,11 @@ class DeformableTetGrid(torch.nn.Module):
 
     def rest_positions(self) -> torch.Tensor:
         """[V, 3] in the world, without the offsets."""
-        return self.centre + self.half_side * self.grid.positions
+        return torch.addcmul(self.centre, self.half_side, self.grid.positions)
 
     def positions(self) -> torch.Tensor:
         """[V, 3] in the world, where the vertices are."""
-        return self.rest_positions() + 0.5 * self.spacing * torch.tanh(self.deformation)
+        return torch.addcmul(self.rest_positions(), 0.5 * self.spacing, torch.tanh(self.deformation))
 
     def distances(self) -> torch.Tensor:
         """[V]: sdf, below zero on the cube's faces, so that the surface is closed."""

@@ -6,6 +6,7 @@ from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad, h
 from text3d_fast.ops.interpolate import interpolate
 from text3d_fast.ops.march_rays import march_rays
 from text3d_fast.ops.marching_tets import marching_tets
+from text3d_fast.ops.mlp import MLPSpec, mlp
 from text3d_fast.ops.prune_samples import prune_samples
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
 from text3d_fast.ops.samples import RaySamples
@@ -16,6 +17,7 @@ __all__ = [
     "Composite",
     "DepthPeeler",
     "HashGridSpec",
+    "MLPSpec",
     "RaySamples",
     "TetGrid",
     "antialias",
@@ -28,6 +30,7 @@ __all__ = [
     "march_rays",
     "marching_tets",
     "mip_stack",
+    "mlp",
     "prune_samples",
     "rasterize",
     "texture",

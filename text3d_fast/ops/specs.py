@@ -1,6 +1,7 @@
-"""What a hash grid looks like: its levels' scales, resolutions, offsets and index rules."""
+"""What a hash grid looks like: its levels' scales, resolutions, offsets and index rules; and a small network."""
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field, fields
 
@@ -11,6 +12,8 @@ KINDS = ("hash", "dense", "tiled")
 INTERPOLATIONS = ("linear", "smoothstep")
 PRIMES = (1, 2654435761, 805459861)
 MAX_LEVELS = 32
+ACTIVATIONS = ("none", "relu", "silu", "softplus", "sigmoid", "exp", "tanh")  # in the order of csrc/mlp/mlp.h
+MLP_LIMITS = {"inputs": 256, "outputs": 128, "width": 128, "hidden_layers": 8}
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,52 @@ class HashGridSpec:
             kind = kinds[name]
             values[name] = text == "True" if kind is bool else kind(text.strip("'"))
         return HashGridSpec(**values)
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """A multilayer perceptron: `hidden_layers` layers of `width`, each followed by `activation`, and an output layer.
+
+    inputs: 1 to 256; outputs, width: 1 to 128; hidden_layers: 1 to 8.
+    activation, output_activation: none, relu, silu, softplus, sigmoid, exp or tanh.
+    bias: whether the layers have one.
+    The parameters are one flat vector, layer after layer: the weight [out, in] row by row, then the bias [out].
+    """
+
+    inputs: int
+    outputs: int
+    width: int = 64
+    hidden_layers: int = 1
+    activation: str = "relu"
+    output_activation: str = "none"
+    bias: bool = True
+
+    key: str = field(init=False, repr=False, compare=False)  # what ops pass on; `parse` reads it
+
+    def __post_init__(self) -> None:
+        for name, most in MLP_LIMITS.items():
+            _require_range(name, getattr(self, name), 1, most)
+        for name in ("activation", "output_activation"):
+            _require_choice(name, getattr(self, name), ACTIVATIONS)
+        key = ",".join(str(getattr(self, f.name)) for f in fields(self) if f.init)
+        object.__setattr__(self, "key", key)
+
+    @property
+    def layer_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(outputs, inputs) of every layer."""
+        sizes = (self.inputs, *[self.width] * self.hidden_layers, self.outputs)
+        return tuple((out, into) for into, out in itertools.pairwise(sizes))
+
+    @property
+    def num_params(self) -> int:
+        return sum(out * (into + self.bias) for out, into in self.layer_shapes)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(key: str) -> "MLPSpec":
+        """The spec that `key` was made from."""
+        *numbers, activation, output_activation, bias = key.split(",")
+        return MLPSpec(*map(int, numbers), activation, output_activation, bias == "True")
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:

@@ -140,6 +140,8 @@ class TetGrid:
     def crossing_edges(self, sdf: torch.Tensor) -> torch.Tensor:
         """int32 [N, 2]: the edges (smaller, larger vertex) on which `marching_tets` puts its vertices, in its order."""
         inside = sdf > 0
+        if self.kind == "kuhn":
+            return _kuhn_crossing_edges(inside, self.resolution)
         low, high = self.edges.long().unbind(-1)
         return self.edges[inside[low] != inside[high]]
 
@@ -172,6 +174,22 @@ def _make_kuhn_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
     low, corner = exists.view(-1, 7).nonzero().int().unbind(-1)
     steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32)
     return {"edges": torch.stack([low, low + steps.to(grid.device)[corner.long()]], -1)}
+
+
+def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int]) -> torch.Tensor:
+    """As `TetGrid.crossing_edges`, by comparing the lattice with itself one step on: no list of all edges."""
+    size = [n + 1 for n in resolution]
+    found = []
+    for rank, corner in enumerate(list(itertools.product((0, 1), repeat=3))[1:]):
+        step = (corner[0] * size[1] + corner[1]) * size[2] + corner[2]
+        low = (inside[:-step] != inside[step:]).nonzero()[:, 0]
+        place = (low // (size[1] * size[2]), low // size[2] % size[1], low % size[2])
+        # neighbours that wrap round into the next row are none
+        exists = torch.stack([at + along < n for at, along, n in zip(place, corner, size)]).all(0)
+        low = low[exists]
+        found.append(torch.stack([low, low + step, low * 7 + rank], -1))
+    edges = torch.cat(found)
+    return edges[edges[:, 2].argsort(), :2].int()
 
 
 def _make_tet_edges(grid: TetGrid) -> dict[str, torch.Tensor]:

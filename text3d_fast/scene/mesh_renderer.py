@@ -138,7 +138,7 @@ class _Pick(torch.autograd.Function):
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     """[V, 3] unit: the mean of the faces [F, 3] around each vertex, weighted by area; zero where there is none."""
     corners = faces.long()
-    a, b, c = (vertices[corners[:, k]] for k in range(3))
+    a, b, c = (vertices.index_select(0, corners[:, k]) for k in range(3))
     vectors = torch.linalg.cross(b - a, c - a)
     total = torch.zeros_like(vertices)
     for k in range(3):

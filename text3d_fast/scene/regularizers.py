@@ -46,7 +46,7 @@ def normal_consistency(normals: Tensor, faces: Tensor) -> Tensor:
     """
     if not len(faces):
         return normals.sum() * 0.0
-    a, b, c = (normals[faces[:, k].long()] for k in range(3))
+    a, b, c = (normals.index_select(0, faces[:, k].long()) for k in range(3))
     return 1 - ((a * b).sum() + (b * c).sum() + (c * a).sum()) / (3 * len(faces))
 
 
@@ -59,7 +59,7 @@ def laplacian_loss(vertices: Tensor, faces: Tensor, scale: Tensor | float = 1.0)
     if not len(faces):
         return vertices.sum() * 0.0
     corners = faces.long()
-    a, b, c = vertices[corners].unbind(1)
+    a, b, c = (vertices.index_select(0, corners[:, k]) for k in range(3))
     total = torch.zeros_like(vertices)
     for k, towards in enumerate((b + c - 2 * a, c + a - 2 * b, a + b - 2 * c)):
         total = total.index_add(0, corners[:, k], towards)

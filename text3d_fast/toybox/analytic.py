@@ -10,7 +10,6 @@ nearest to a given camera, or all that the view word fits; over the given backgr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,7 +20,6 @@ from text3d_fast.guidance.prior import Conditions
 from text3d_fast.guidance.schedule import NoiseSchedule
 from text3d_fast.toybox.bank import Bank, angles_between, caption_bank, empty_bank, even_cameras
 from text3d_fast.toybox.captions import caption, parse, view_word
-from text3d_fast.toybox.scenes import Description
 
 
 class AnalyticPrior:
@@ -30,14 +28,16 @@ class AnalyticPrior:
     members          members of the caption's class family in its bank; the middle of the family first
     cameras          cameras of a caption's bank, even over elevations -12..82 degrees; cameras * members images
     nearest          with a camera given, how many of the bank's cameras count: the nearest ones
-    progress         show a bar while a bank is rendered (about 8 ms an image, once; then read from disk)
+    image_size       pixels of a side that it denoises
+    detail           pixels of a side of the bank's renders. Conditions may show a window of what the camera sees: with
+                     more detail than image_size, parts are as sharp as the whole
+    progress         show a bar while a bank is rendered (about 8 ms an image of 64 x 64, once; then read from disk)
 
     Texts are parsed (synonyms are fine); unknown words raise `captions.PromptError`.
     """
 
-    image_size = 64
     view_words = "left_right"
-    conditions = ("camera", "background")
+    conditions = ("camera", "background", "window")
     camera_distribution = {
         "elevation": (-10.0, 70.0),
         "azimuth": (0.0, 360.0),
@@ -52,11 +52,17 @@ class AnalyticPrior:
         nearest: int = 1,
         schedule: NoiseSchedule | None = None,
         progress: bool = True,
+        image_size: int = 64,
+        detail: int | None = None,
     ) -> None:
         self.schedule = schedule or NoiseSchedule.cosine()
+        self.image_size, self.detail = image_size, detail or image_size
+        if self.detail % image_size:
+            raise ValueError(f"detail: expected a multiple of image_size = {image_size}, got {detail}")
         self.members, self.cameras, self.nearest = members, cameras, nearest
         self.progress = progress
-        self._banks: dict[str, _Images] = {}
+        self._banks: dict[str, Bank] = {}
+        self._views: dict[tuple[str, str | None], _Images] = {}
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, H, W, 3] in 0..1 -> x [B, 3, H, W] in -1..1."""
@@ -76,9 +82,10 @@ class AnalyticPrior:
         alpha, sigma = (v.to(x_t) for v in self.schedule.alpha_sigma(t))
         rows = []
         for k, text in enumerate(conditions.texts):
-            camera = _row(conditions.camera, k)
-            background = _row(conditions.background, k)
-            images = self._images(text, camera, x_t.device)
+            camera, background, window = (
+                _row(value, k) for value in (conditions.camera, conditions.background, conditions.window)
+            )
+            images = self._images(text, camera, window, x_t.device)
             rows.append(_denoise(images, x_t[k], alpha[k], sigma[k].clamp_min(1e-3), background))
         return torch.stack(rows)
 
@@ -86,31 +93,74 @@ class AnalyticPrior:
         """Renders, or reads, the banks of these texts now; the empty text's only when it is first asked for."""
         for text in texts:
             if text.strip():
-                self._whole(parse(text))
+                self.bank(text)
 
     def bank(self, text: str) -> Bank:
-        """The bank behind a text, rendered or read if need be."""
-        if not text.strip():
-            return empty_bank(size=self.image_size, progress=self.progress)
-        return caption_bank(parse(text), self.cameras, self.members, self.image_size, progress=self.progress)
+        """The bank behind a text (its view word does not count), rendered or read if need be."""
+        plain = _plain(text)
+        if plain not in self._banks:
+            size, progress = self.detail, self.progress
+            self._banks[plain] = (
+                caption_bank(parse(plain), self.cameras, self.members, size, progress=progress) if plain
+                else empty_bank(size=size, progress=progress)
+            )
+        return self._banks[plain]
 
     def known_cameras(self, text: str) -> Tensor:
         """[N, 3] elevation, azimuth (radians) and distance of the bank's renders: from there the prior is exact."""
         return even_cameras(self.cameras)
 
-    def _images(self, text: str, camera: Tensor | None, device: torch.device) -> _Images:
-        description = parse(text) if text.strip() else None
-        view = None if description is None else description.view
-        whole = self._whole(description)
-        if camera is not None:
-            return whole.nearest(camera.cpu(), self.nearest).to(device)
-        return whole.of_view(view).to(device)
+    def _images(self, text: str, camera: Tensor | None, window: Tensor | None, device: torch.device) -> _Images:
+        """The images that count for one row of conditions."""
+        bank = self.bank(text)
+        view = parse(text).view if text.strip() else None
+        if camera is not None:  # scaled as their distance differs from the camera's
+            chosen = angles_between(camera[None].cpu(), bank.cameras)[0].topk(self.nearest, largest=False).indices
+            zoom = camera[2].cpu() / bank.cameras[chosen, 2]
+            return _Images(self._shown(bank, chosen, zoom, window)).to(device)
+        if window is not None:
+            chosen = _of_view(bank, view)
+            return _Images(self._shown(bank, chosen, torch.ones(len(chosen)), window)).to(device)
+        key = _plain(text), view
+        if key not in self._views:
+            self._views[key] = _Images(self._whole(bank, _of_view(bank, view)))
+        return self._views[key].to(device)
 
-    def _whole(self, description: Description | None) -> _Images:
-        plain = "" if description is None else caption(replace(description, view=None))
-        if plain not in self._banks:
-            self._banks[plain] = _Images.from_bank(self.bank(plain))
-        return self._banks[plain]
+    def _shown(self, bank: Bank, cameras: Tensor, zoom: Tensor, window: Tensor | None) -> Tensor:
+        """fp32 planes [N, 4 * H * W] of a window of some cameras' renders, `zoom` [cameras] times as far away."""
+        images = torch.from_numpy(bank.images[cameras.numpy()]).flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+        x, y, part = (0.0, 0.0, 1.0) if window is None else window.tolist()
+        zoom = zoom.repeat_interleave(bank.members)
+        while float(zoom.mean()) * part * images.shape[-1] > 1.5 * self.image_size:
+            images = torch.nn.functional.avg_pool2d(images, 2)
+        transform = torch.zeros(len(images), 2, 3)
+        transform[:, 0, 0] = transform[:, 1, 1] = zoom * part
+        transform[:, 0, 2], transform[:, 1, 2] = zoom * x, zoom * -y
+        size = [len(images), 4, self.image_size, self.image_size]
+        grid = torch.nn.functional.affine_grid(transform, size, align_corners=False)
+        return torch.nn.functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False).flatten(1)
+
+    def _whole(self, bank: Bank, cameras: Tensor) -> Tensor:
+        """uint8 planes [N, 4 * H * W] of some cameras' renders."""
+        factor = self.detail // self.image_size
+        parts = []
+        for rows in cameras.split(max(1, 256 // factor**2)):
+            images = torch.from_numpy(bank.images[rows.numpy()]).flatten(0, 1).permute(0, 3, 1, 2)
+            if factor > 1:
+                images = torch.nn.functional.avg_pool2d(images.float(), factor).round().to(torch.uint8)
+            parts.append(images.flatten(1))
+        return torch.cat(parts)
+
+
+def _plain(text: str) -> str:
+    """The caption without its view word; "" of the empty text."""
+    return caption(replace(parse(text), view=None)) if text.strip() else ""
+
+
+def _of_view(bank: Bank, view: str | None) -> Tensor:
+    """The cameras that a view word fits (all for None)."""
+    words = [view_word(float(e), float(a)) for e, a, _ in bank.cameras]
+    return torch.tensor([k for k, word in enumerate(words) if view is None or word == view])
 
 
 def _row(values: Tensor | None, k: int) -> Tensor | None:
@@ -120,16 +170,10 @@ def _row(values: Tensor | None, k: int) -> Tensor | None:
 class _Images:
     """Images as one matrix [N, 4 * H * W] of premultiplied red, green, blue and alpha planes, in 0..1."""
 
-    def __init__(self, planes: Tensor, cameras: Tensor | None = None, members: int = 1) -> None:
-        self.planes, self.cameras, self.members = planes, cameras, members
-        self._views: dict[str | None, _Images] = {}
+    def __init__(self, planes: Tensor) -> None:
+        self.planes = planes
         self._moved: dict[torch.device, _Images] = {}
         self._moments: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @classmethod
-    def from_bank(cls, bank: Bank) -> _Images:
-        planes = torch.from_numpy(bank.images).permute(0, 1, 4, 2, 3).flatten(2).flatten(0, 1).contiguous()
-        return cls(planes, bank.cameras, bank.members)
 
     def to(self, device: torch.device) -> _Images:
         """fp32 on that device; kept."""
@@ -138,28 +182,6 @@ class _Images:
             planes = planes.float() / 255 if planes.dtype == torch.uint8 else planes
             self._moved[device] = _Images(planes)
         return self._moved[device]
-
-    def of_view(self, view: str | None) -> _Images:
-        """The images that a view word fits (all for None)."""
-        if view not in self._views:
-            words = [view_word(float(e), float(a)) for e, a, _ in self.cameras]
-            keep = torch.tensor([view is None or word == view for word in words])
-            self._views[view] = _Images(self.planes[keep.repeat_interleave(self.members)])
-        return self._views[view]
-
-    def nearest(self, camera: Tensor, count: int) -> _Images:
-        """The images of the `count` nearest cameras, scaled as their distance differs from the camera's."""
-        chosen = angles_between(camera[None], self.cameras)[0].topk(count, largest=False).indices
-        rows = (chosen[:, None] * self.members + torch.arange(self.members)).flatten()
-        planes = self.planes[rows]
-        size = math.isqrt(planes.shape[1] // 4)
-        images = planes.view(-1, 4, size, size).float() / 255
-        zoom = (camera[2] / self.cameras[chosen, 2]).repeat_interleave(self.members)
-        transform = torch.zeros(len(rows), 2, 3)
-        transform[:, 0, 0] = transform[:, 1, 1] = zoom
-        grid = torch.nn.functional.affine_grid(transform, list(images.shape), align_corners=False)
-        images = torch.nn.functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-        return _Images(images.flatten(1))
 
     @property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:

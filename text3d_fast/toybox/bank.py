@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from text3d_fast.files import atomic_path
 from text3d_fast.toybox.captions import caption
 from text3d_fast.toybox.objects import CLASSES, COLORS
-from text3d_fast.toybox.render import random_light, shade, trace
+from text3d_fast.toybox.render import Light, camera_frame, random_light, shade, trace
 from text3d_fast.toybox.scenes import Description, Scene, Thing, build_scene, middle_parameters, sample_parameters
 
 VERSION = 3  # of scenes and renderer: older banks on disk are not read
@@ -68,7 +69,9 @@ def angles_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Bank:
-    """images uint8 [cameras, members, H, W, 4] (premultiplied rgb, alpha) and cameras [cameras, 3]."""
+    """images uint8 [cameras, members, H, W, 4] (premultiplied rgb, alpha), mapped from disk where they are cached, and
+    cameras [cameras, 3].
+    """
 
     images: np.ndarray
     cameras: torch.Tensor
@@ -106,20 +109,27 @@ def empty_bank(cameras: int = 48, size: int = 64, **options) -> Bank:
 def _cached(name: str, scenes, style: str, cameras: torch.Tensor, size: int, progress: bool = True) -> Bank:
     key = json.dumps([VERSION, name, len(cameras), size])
     path = cache_folder() / "toybox" / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
-    try:
-        images = np.load(path)
-        if images.shape[0] == len(cameras) and images.shape[2:] == (size, size, 4):
-            return Bank(images, cameras)
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or cut short: render it again
+    known = _mapped(path, len(cameras), size)
+    if known is not None:
+        return Bank(known, cameras)
     images = _render(name, scenes(), style, cameras, size, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as part:
             np.save(part, images)
+        images = _mapped(path, len(cameras), size)
     except OSError:
         pass  # an unwritable cache only costs the time to render again
     return Bank(images, cameras)
+
+
+def _mapped(path: Path, cameras: int, size: int) -> np.ndarray | None:
+    """The bank on disk, read as far as it is looked at; None if it is not there, or cut short: render it again."""
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape[0] == cameras and images.shape[2:] == (size, size, 4) else None
 
 
 @torch.no_grad()
@@ -129,15 +139,23 @@ def _render(name: str, scenes: list[Scene], style: str, cameras: torch.Tensor, s
 
     images = np.empty((len(cameras), len(scenes), size, size, 4), np.uint8)
     generator = torch.Generator().manual_seed(7)
-    with one_thread():
-        with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-            task = bar.add_task(
-                f"rendering {name.split('|')[0] or 'the empty caption'}", total=len(cameras) * len(scenes)
-            )
-            for member, scene in enumerate(scenes):
-                for rows in torch.arange(len(cameras)).split(16):
-                    surface = trace(scene, *cameras[rows].unbind(1), size)
-                    image = shade(surface, random_light(surface.eye, generator), style)
-                    images[rows.numpy(), member] = (image * 255).round().to(torch.uint8).numpy()
-                    bar.advance(task, len(rows))
+    eyes = camera_frame(cameras[:, 0], cameras[:, 1])[..., 2] * cameras[:, 2:]
+    jobs = [(member, rows, random_light(eyes[rows], generator)) for member in range(len(scenes))
+            for rows in torch.arange(len(cameras)).split(max(1, 16 * 64**2 // size**2))]
+
+    def draw(member: int, rows: torch.Tensor, light: Light) -> int:
+        with torch.no_grad():  # of this thread
+            surface = trace(scenes[member], *cameras[rows].unbind(1), size)
+            image = shade(surface, light, style)
+        images[rows.numpy(), member] = (image * 255).round().to(torch.uint8).numpy()
+        return len(rows)
+
+    workers = torch.get_num_threads()
+    with (
+        one_thread(), ThreadPoolExecutor(workers) as pool,
+        Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar,
+    ):
+        task = bar.add_task(f"rendering {name.split('|')[0] or 'the empty caption'}", total=len(cameras) * len(scenes))
+        for done in pool.map(lambda job: draw(*job), jobs):
+            bar.advance(task, done)
     return images

@@ -6,9 +6,10 @@ raises with the reason. The choice is made once a call and holds for its backwar
 """
 
 import contextlib
+import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -122,6 +123,24 @@ def choose(op: str, device: torch.device) -> str:
         reason = reason_against("native", op, device_type)
         warnings.warn(f"{op} runs as its slow torch reference: {reason}", BackendWarning, 4)
     return "reference"
+
+
+def call(backend: str, entry: str, *fields: torch.Tensor | Sequence[float] | float | bool | None) -> None:
+    """Run kernel `entry`, which is an op's name and which of its kernels, with its Params' fields in order: the native
+    one, or on backend "triton" its twin of the same name and arguments."""
+    if backend != "triton":
+        return native.call(entry, *fields)
+    op = max((op for op in _has_triton_twin if entry.startswith(f"{op}_")), key=len)
+    twin = getattr(importlib.import_module(f"text3d_fast._triton.{op}"), entry)
+    device = next(field.device for field in fields if isinstance(field, torch.Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        twin(*fields)
+
+
+def runs_gpu_source(backend: str, device: torch.device) -> bool:
+    """Do calls run kernels written for GPUs: CUDA (emulated, too) or Triton? They may need other scratch."""
+    return backend == "triton" or native.runs_cuda_source(device)
 
 
 def table() -> list[dict[str, str]]:

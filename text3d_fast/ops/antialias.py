@@ -17,7 +17,7 @@ from text3d_fast.reference.antialias import antialias as reference_antialias
 from text3d_fast.reference.antialias import opposite_vertices
 from text3d_fast.reference.rasterize import decode_triangle_ids
 
-backends.declare("antialias")
+backends.declare("antialias", triton=True)
 
 
 @typed
@@ -92,18 +92,18 @@ def _sizes(rast, pos, tri):
 
 
 def _forward(color, rast, pos, tri, topology, boost, backend):
-    if native.runs_cuda_source(tri.device) and check_values():
+    if backends.runs_gpu_source(backend, tri.device) and check_values():
         _check_values(rast, pos, tri, topology)
     out, flags = _fake_forward(color, rast, pos, tri, topology, boost, backend)
     tensors = [native.aligned(x) for x in (color, rast, pos, tri, topology)]
-    native.call("antialias_forward", *tensors, out, flags, *_sizes(rast, pos, tri), color.shape[3])
+    backends.call(backend, "antialias_forward", *tensors, out, flags, *_sizes(rast, pos, tri), color.shape[3])
     return out, flags
 
 
 def _fake_forward(color, rast, pos, tri, topology, boost, backend):
     batch, height, width, _ = rast.shape
     # where the CPU kernel found silhouettes: a byte a pixel, read eight at a time
-    flags = 0 if native.runs_cuda_source(rast.device) else batch * height * width + 8
+    flags = 0 if backends.runs_gpu_source(backend, rast.device) else batch * height * width + 8
     return (torch.empty_like(color, memory_format=torch.contiguous_format),
             torch.empty(flags, dtype=torch.uint8, device=rast.device))
 
@@ -111,11 +111,11 @@ def _fake_forward(color, rast, pos, tri, topology, boost, backend):
 def _backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend):
     outputs = _fake_backward(grad, color, rast, pos, tri, topology, flags, boost, wanted, backend)
     outputs[1].zero_()
-    if native.runs_cuda_source(rast.device) and wanted[1]:
+    if backends.runs_gpu_source(backend, rast.device) and wanted[1]:
         alert_not_deterministic("antialias' gradient to pos")
     tensors = [native.aligned(x) for x in (grad, color, rast, pos, tri, topology)]
-    native.call("antialias_backward", *tensors, flags, *(g if w else None for g, w in zip(outputs, wanted)),
-                *_sizes(rast, pos, tri), color.shape[3], boost)
+    backends.call(backend, "antialias_backward", *tensors, flags, *(g if w else None for g, w in zip(outputs, wanted)),
+                  *_sizes(rast, pos, tri), color.shape[3], boost)
     return outputs
 
 

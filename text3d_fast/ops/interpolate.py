@@ -11,7 +11,7 @@ from text3d_fast.ops.typed import typed
 from text3d_fast.reference.interpolate import interpolate as reference_interpolate
 from text3d_fast.reference.rasterize import decode_triangle_ids
 
-backends.declare("interpolate")
+backends.declare("interpolate", triton=True)
 
 
 @typed
@@ -91,12 +91,12 @@ def _sizes(attr, rast, tri, diff_attrs):
 def _forward(attr, rast, tri, rast_db, diff_attrs, backend):
     attr, rast, tri = native.aligned(attr), native.aligned(rast), native.aligned(tri)
     rast_db = None if rast_db is None else native.aligned(rast_db)
-    if native.runs_cuda_source(attr.device) and check_values():
+    if backends.runs_gpu_source(backend, attr.device) and check_values():
         require_indices("tri", tri, attr.shape[-2])
         require_indices("rast", decode_triangle_ids(rast[..., 3]), tri.shape[0], -1)
     out, out_da = _fake_forward(attr, rast, tri, rast_db, diff_attrs, backend)
-    native.call("interpolate_forward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), out, out_da,
-                *_sizes(attr, rast, tri, diff_attrs))
+    backends.call(backend, "interpolate_forward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), out, out_da,
+                  *_sizes(attr, rast, tri, diff_attrs))
     return out, out_da
 
 
@@ -108,13 +108,14 @@ def _fake_forward(attr, rast, tri, rast_db, diff_attrs, backend):
 def _backward(grad_out, grad_da, attr, rast, tri, rast_db, diff_attrs, want_attr, backend):
     grad_out, grad_da, attr, rast, tri = (native.aligned(x) for x in (grad_out, grad_da, attr, rast, tri))
     rast_db = None if rast_db is None else native.aligned(rast_db)
-    in_order = want_attr and native.runs_cuda_source(attr.device) and torch.are_deterministic_algorithms_enabled()
+    on_gpu = backends.runs_gpu_source(backend, attr.device)
+    in_order = want_attr and on_gpu and torch.are_deterministic_algorithms_enabled()
     grad_attr = torch.zeros_like(attr) if want_attr else attr.new_empty(0)
     grad_rast = torch.empty_like(rast)
     grad_db = rast.new_empty(0) if rast_db is None else torch.empty_like(rast_db)
-    native.call("interpolate_backward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), grad_out, grad_da,
-                grad_attr if want_attr and not in_order else None, grad_rast, grad_db,
-                *_sizes(attr, rast, tri, diff_attrs))
+    backends.call(backend, "interpolate_backward", attr, rast, tri, rast_db, _indices(diff_attrs, attr), grad_out,
+                  grad_da, grad_attr if want_attr and not in_order else None, grad_rast, grad_db,
+                  *_sizes(attr, rast, tri, diff_attrs))
     if in_order:
         _add_in_order(grad_attr, grad_out, grad_da, rast, tri, rast_db, diff_attrs)
     return grad_attr, grad_rast, grad_db

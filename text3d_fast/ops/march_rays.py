@@ -12,7 +12,7 @@ from text3d_fast.ops.samples import RaySamples
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference.march_rays import march_rays as reference_march_rays
 
-backends.declare("march_rays")
+backends.declare("march_rays", triton=True)
 MAX_LEVELS = 64
 _RAY_BYTES, _RUNS_BYTES = 64, 200  # at least sizeof(MarchRay) and sizeof(MarchRuns), checked in the .cpp
 
@@ -118,8 +118,8 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     overflow = torch.empty((), dtype=torch.bool, device=device)
 
     def call(entry: str, room: int, ids=None, starts=None, ends=None) -> None:
-        native.call(entry, *inputs, bits, blocks, states, runs, offsets, info, overflow, ids, starts, ends, rays, room,
-                    levels, x, y, z, near_number, far_number, step, cone_angle)
+        backends.call(backend, entry, *inputs, bits, blocks, states, runs, offsets, info, overflow, ids, starts, ends,
+                      rays, room, levels, x, y, z, near_number, far_number, step, cone_angle)
 
     call("march_rays_count", capacity)
     exact = capacity < 0

@@ -9,7 +9,7 @@ from text3d_fast.ops.tet_grid import TetGrid
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference.marching_tets import marching_tets as reference_marching_tets
 
-backends.declare("marching_tets")
+backends.declare("marching_tets", triton=True)
 
 
 @typed
@@ -77,12 +77,12 @@ def _kuhn_forward(positions, sdf, nx, ny, nz, backend):
     signs = torch.empty(words, dtype=torch.int64, device=sdf.device)
     counts = torch.zeros(3, words + 1, dtype=torch.int32, device=sdf.device)
     bad = torch.zeros(1, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_kuhn_flag", sdf, signs, counts, bad, nx, ny, nz)
+    backends.call(backend, "marching_tets_kuhn_flag", sdf, signs, counts, bad, nx, ny, nz)
     offsets = torch.cumsum(counts, 1, dtype=torch.int32)
     num_vertices, ones, twos = _sizes(bad, offsets)
     vertices = positions.new_empty(num_vertices, 3)
     faces = torch.empty(ones + 2 * twos, 3, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_kuhn_emit", positions, sdf, signs, offsets, vertices, faces, nx, ny, nz)
+    backends.call(backend, "marching_tets_kuhn_emit", positions, sdf, signs, offsets, vertices, faces, nx, ny, nz)
     return vertices, faces, signs, offsets[0].clone()
 
 
@@ -98,8 +98,8 @@ def _kuhn_backward_kernel(grad, positions, sdf, signs, offsets, nx, ny, nz, with
     grad, positions, sdf = native.aligned(grad), native.aligned(positions), native.aligned(sdf)
     grad_sdf = torch.zeros_like(sdf)
     grad_positions = torch.zeros_like(positions) if with_positions else positions.new_empty(0, 3)
-    native.call("marching_tets_kuhn_backward", grad, positions, sdf, signs, offsets,
-                grad_positions if with_positions else None, grad_sdf, nx, ny, nz)
+    backends.call(backend, "marching_tets_kuhn_backward", grad, positions, sdf, signs, offsets,
+                  grad_positions if with_positions else None, grad_sdf, nx, ny, nz)
     return grad_positions, grad_sdf
 
 
@@ -136,15 +136,15 @@ def _tets_forward(positions, sdf, num_vertices, tets, edges, tet_edges, low_offs
     edge_counts = torch.zeros(_word_count(num_edges) + 1, dtype=torch.int32, device=sdf.device)
     tet_counts = torch.zeros(2, _word_count(num_tets) + 1, dtype=torch.int32, device=sdf.device)
     bad = torch.zeros(1, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_flag", sdf, tets, edges, signs, crossing, triangles, edge_counts, tet_counts, bad,
-                num_vertices, num_tets, num_edges)
+    backends.call(backend, "marching_tets_flag", sdf, tets, edges, signs, crossing, triangles, edge_counts, tet_counts,
+                  bad, num_vertices, num_tets, num_edges)
     edge_offsets = torch.cumsum(edge_counts, 0, dtype=torch.int32)
     tet_offsets = torch.cumsum(tet_counts, 1, dtype=torch.int32)
     count, ones, twos = _sizes(bad, edge_offsets, tet_offsets)
     vertices = positions.new_empty(count, 3)
     faces = torch.empty(ones + 2 * twos, 3, dtype=torch.int32, device=sdf.device)
-    native.call("marching_tets_emit", positions, sdf, tets, edges, tet_edges, signs, crossing, triangles,
-                edge_offsets, tet_offsets, vertices, faces, num_tets, num_edges)
+    backends.call(backend, "marching_tets_emit", positions, sdf, tets, edges, tet_edges, signs, crossing, triangles,
+                  edge_offsets, tet_offsets, vertices, faces, num_tets, num_edges)
     return vertices, faces, crossing, edge_offsets
 
 
@@ -160,8 +160,8 @@ def _tets_backward_kernel(grad, positions, sdf, edges, low_offsets, high_offsets
     grad, positions, sdf = native.aligned(grad), native.aligned(positions), native.aligned(sdf)
     grad_sdf = sdf.new_empty(sdf.shape)
     grad_positions = positions.new_empty(positions.shape if with_positions else (0, 3))
-    native.call("marching_tets_backward", grad, positions, sdf, edges, low_offsets, high_offsets, high_edges, crossing,
-                edge_offsets, grad_positions if with_positions else None, grad_sdf, len(sdf))
+    backends.call(backend, "marching_tets_backward", grad, positions, sdf, edges, low_offsets, high_offsets, high_edges,
+                  crossing, edge_offsets, grad_positions if with_positions else None, grad_sdf, len(sdf))
     return grad_positions, grad_sdf
 
 

@@ -15,7 +15,7 @@ from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference import rasterize as reference
 
-backends.declare("rasterize")
+backends.declare("rasterize", triton=True)
 LARGEST_SIZE = reference.LARGEST_SIZE
 
 
@@ -137,7 +137,7 @@ class DepthPeeler:
 def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):
     _check_values(pos, tri, ranges)
     pos, tri = native.aligned(pos), native.aligned(tri)
-    on_gpu = native.runs_cuda_source(pos.device)
+    on_gpu = backends.runs_gpu_source(backend, pos.device)
     rast, rast_db, keys = _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys or on_gpu,
                                         backend)
     instanced, vertices = pos.dim() == 3, pos.shape[-2]
@@ -147,8 +147,9 @@ def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, back
     queue = pos.new_empty(4 + 2 * capacity, dtype=torch.int32) if on_gpu else None
     if ranges is not None:
         ranges = native.aligned(ranges.to(pos.device, non_blocking=True))
-    native.call("rasterize_forward", pos, tri, ranges, previous, snapped, keys if keys.numel() else None, queue, rast,
-                rast_db, rast.shape[0], vertices, tri.shape[0], largest, capacity, height, width, int(instanced))
+    backends.call(backend, "rasterize_forward", pos, tri, ranges, previous, snapped, keys if keys.numel() else None,
+                  queue, rast, rast_db, rast.shape[0], vertices, tri.shape[0], largest, capacity, height, width,
+                  int(instanced))
     return rast, rast_db, keys if want_keys else keys.new_empty(0)
 
 
@@ -165,10 +166,10 @@ def _backward(grad_rast, grad_db, pos, tri, rast, backend):
     grad_pos = torch.zeros_like(pos)
     batch, height, width, _ = rast.shape
     by_pixel = None
-    if native.runs_cuda_source(pos.device) and torch.are_deterministic_algorithms_enabled():
+    if backends.runs_gpu_source(backend, pos.device) and torch.are_deterministic_algorithms_enabled():
         by_pixel = pos.new_zeros(batch, height, width, 3, 4)
-    native.call("rasterize_backward", pos, tri, rast, grad_rast, grad_db, grad_pos, by_pixel, batch, pos.shape[-2],
-                tri.shape[0], height, width, int(pos.dim() == 3))
+    backends.call(backend, "rasterize_backward", pos, tri, rast, grad_rast, grad_db, grad_pos, by_pixel, batch,
+                  pos.shape[-2], tri.shape[0], height, width, int(pos.dim() == 3))
     if by_pixel is not None:
         _add_in_order(grad_pos, by_pixel, tri, rast)
     return grad_pos

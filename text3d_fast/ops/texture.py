@@ -19,7 +19,7 @@ from text3d_fast.reference.texture import BOUNDARIES, FILTERS, downsample
 from text3d_fast.reference.texture import texture as reference_texture
 
 MAX_MIPS = 16
-backends.declare("texture")
+backends.declare("texture", triton=True)
 
 
 @typed
@@ -165,8 +165,8 @@ def _forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
     mips = [native.aligned(m) for m in mips]
     out = _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend)
     _check_values(uv, uv_da, bias)
-    native.call("texture_forward", mips, *_levels(mips), native.aligned(uv), _aligned(uv_da), _aligned(bias), out,
-                uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode)
+    backends.call(backend, "texture_forward", mips, *_levels(mips), native.aligned(uv), _aligned(uv_da), _aligned(bias),
+                  out, uv.shape[0], uv.shape[1] * uv.shape[2], out.shape[3], len(mips), filter_mode, boundary_mode)
     return out
 
 
@@ -177,14 +177,14 @@ def _fake_forward(mips, uv, uv_da, bias, filter_mode, boundary_mode, backend):
 def _backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend):
     mips, uv = [native.aligned(m) for m in mips], native.aligned(uv)
     grad_mips, *others = _fake_backward(grad, mips, uv, uv_da, bias, filter_mode, boundary_mode, wanted, backend)
-    if native.runs_cuda_source(uv.device) and any(wanted[3:]):
+    if backends.runs_gpu_source(backend, uv.device) and any(wanted[3:]):
         alert_not_deterministic("texture's gradient to its texels")
     sums = [torch.zeros(m.shape, dtype=torch.float64, device=m.device) if w else None
             for m, w in zip(mips, wanted[3:])]
     fields = [g if g.numel() else None for g in others]
-    native.call("texture_backward", native.aligned(grad), mips, *_levels(mips), uv, _aligned(uv_da), _aligned(bias),
-                sums, *fields,
-                uv.shape[0], uv.shape[1] * uv.shape[2], grad.shape[3], len(mips), filter_mode, boundary_mode)
+    backends.call(backend, "texture_backward", native.aligned(grad), mips, *_levels(mips), uv, _aligned(uv_da),
+                  _aligned(bias), sums, *fields, uv.shape[0], uv.shape[1] * uv.shape[2], grad.shape[3], len(mips),
+                  filter_mode, boundary_mode)
     for g, total in zip(grad_mips, sums):
         if total is not None:
             g.copy_(total)

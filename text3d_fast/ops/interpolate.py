@@ -1,5 +1,6 @@
 """Interpolation of vertex attributes over rasterized triangles."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -77,9 +78,12 @@ def _chosen(diff_attrs: Sequence[int] | str | None, attributes: int) -> list[int
 
 def _indices(diff_attrs, attr) -> torch.Tensor | None:
     """The chosen attributes for the kernel; None stands for all of them."""
-    if diff_attrs == list(range(attr.shape[-1])):
-        return None
-    return torch.tensor(diff_attrs, dtype=torch.int32).to(attr.device, non_blocking=True)
+    return None if diff_attrs == list(range(attr.shape[-1])) else _on_device(tuple(diff_attrs), attr.device)
+
+
+@functools.lru_cache(64)  # copied to a device once: a CUDA graph cannot capture a copy from the host's memory
+def _on_device(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(indices, dtype=torch.int32).to(device)
 
 
 def _sizes(attr, rast, tri, diff_attrs):

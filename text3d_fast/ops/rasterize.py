@@ -1,6 +1,7 @@
 """Triangle rasterization with exact visibility, and depth peeling."""
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from text3d_fast import backends, native
 from text3d_fast.ops.checks import (
@@ -146,11 +147,23 @@ def _forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, back
     capacity = rast.shape[0] * largest if on_gpu else 0
     queue = pos.new_empty(4 + 2 * capacity, dtype=torch.int32) if on_gpu else None
     if ranges is not None:
-        ranges = native.aligned(ranges.to(pos.device, non_blocking=True))
+        ranges = _on_device(ranges, pos.device)
     backends.call(backend, "rasterize_forward", pos, tri, ranges, previous, snapped, keys if keys.numel() else None,
                   queue, rast, rast_db, rast.shape[0], vertices, tri.shape[0], largest, capacity, height, width,
                   int(instanced))
     return rast, rast_db, keys if want_keys else keys.new_empty(0)
+
+
+_copies = WeakIdKeyDictionary()
+
+
+def _on_device(ranges, device):
+    """ranges on the device, copied once: a CUDA graph cannot capture a copy from the host's memory."""
+    version, copy = _copies.get(ranges, (None, None))
+    if version != ranges._version or copy.device != device:
+        copy = native.aligned(ranges).to(device)
+        _copies[ranges] = ranges._version, copy
+    return copy
 
 
 def _fake_forward(pos, tri, ranges, previous, height, width, grad_db, want_keys, backend):

@@ -28,6 +28,7 @@ class Rendering:
     normals         [.., 3] mean normal of the volume (not unit), None if the shading needed none
     orientation     scalar, `regularizers.orientation_loss`, None without normals
     samples         how many points the field was asked for
+    overflow        bool [], with a capacity: whether samples were dropped for want of room
     """
 
     color: Tensor
@@ -37,16 +38,21 @@ class Rendering:
     normals: Tensor | None
     orientation: Tensor | None
     samples: int
+    overflow: Tensor | None = None
 
 
 class VolumeRenderer:
     """Renders a field inside the ball of `radius` around the origin, which the occupancy grid thins out.
 
-    step  length between samples; the grid's cells should not be much smaller
+    step      length between samples; the grid's cells should not be much smaller
+    capacity  None: as many samples as there are; an int: room for so many (`ops.march_rays`), so that shapes do not
+              depend on data and a rendering can be captured in a CUDA graph
     """
 
-    def __init__(self, occupancy: OccupancyGrid, step: float, radius: float = 1.0, early_stop: float = 1e-3):
+    def __init__(self, occupancy: OccupancyGrid, step: float, radius: float = 1.0, early_stop: float = 1e-3,
+                 capacity: int | None = None):
         self.occupancy, self.step, self.radius, self.early_stop = occupancy, step, radius, early_stop
+        self.capacity = capacity
 
     def __call__(
         self,
@@ -86,7 +92,8 @@ class VolumeRenderer:
         if normals is not None:
             orientation = orientation_loss(out.weights, point.normals, sample_directions, len(origins))
         return Rendering(color, opacity, out.depth.reshape(shape), out.depth_variance.reshape(shape),
-                         images[..., 3:] if normals is not None else None, orientation, len(positions))
+                         images[..., 3:] if normals is not None else None, orientation, len(positions),
+                         samples.overflow)
 
     @torch.no_grad()
     def march(
@@ -100,7 +107,7 @@ class VolumeRenderer:
         if generator is not None:
             jitter = torch.rand(len(origins), generator=generator, device=generator.device).to(origins.device)
         samples = ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step,
-                                 jitter=jitter)
+                                 jitter=jitter, capacity=self.capacity)
         rows = samples.ray_ids.long()
         along = directions[rows]
         return samples, origins[rows] + samples.t_middles[:, None] * along, along

@@ -3,6 +3,7 @@
 import torch
 
 from text3d_fast import ops
+from text3d_fast.ops.typed import typed
 
 
 class HashGrid(torch.nn.Module):
@@ -14,6 +15,7 @@ class HashGrid(torch.nn.Module):
     Initial values are uniform in [-1e-4, 1e-4], drawn from `generator` if given.
     """
 
+    @typed
     def __init__(
         self,
         spec: ops.HashGridSpec | None = None,
@@ -52,6 +54,12 @@ class HashGrid(torch.nn.Module):
         points = x.reshape(-1, x.shape[-1])
         y, grad = ops.hash_grid_grad(points, self.params, self.spec, self.active_levels, self.compute_dtype)
         return y.reshape(*x.shape[:-1], self.output_dim), grad.reshape(*x.shape[:-1], self.output_dim, self.spec.dim)
+
+    def vjp(self, x: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        """x [..., dim], cotangent [..., levels * features] -> cotangent times the derivative by x [..., dim]"""
+        points, cotangents = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+        grad = ops.hash_grid_vjp(points, self.params, cotangents, self.spec, self.active_levels, self.compute_dtype)
+        return grad.reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, params={self.spec.num_params}"

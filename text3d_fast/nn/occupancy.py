@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from text3d_fast.ops.typed import typed
+
 
 class OccupancyGrid(torch.nn.Module):
     """Nested grids of cells that remember the field's recent largest values (Mueller et al. 2022, appendix E).
@@ -17,11 +19,15 @@ class OccupancyGrid(torch.nn.Module):
         binaries  bool [levels, x, y, z], what `march_rays` looks at; all true until the first update
     """
 
-    def __init__(self, aabb: Sequence[float] | torch.Tensor, resolution: int | Sequence[int] = 128, levels: int = 1):
+    @typed
+    def __init__(self, aabb: torch.Tensor | Sequence[float], resolution: int | Sequence[int] = 128, levels: int = 1):
         super().__init__()
-        box = torch.as_tensor(aabb, dtype=torch.float32).flatten()
-        if box.shape != (6,) or not (box[3:] > box[:3]).all():
-            raise ValueError(f"aabb: expected 6 numbers, minima then larger maxima, got {aabb}")
+        known = not isinstance(aabb, torch.Tensor) or aabb.device.type != "meta"
+        numbers = aabb.flatten().tolist() if known and isinstance(aabb, torch.Tensor) else aabb if known else None
+        if known and not (len(numbers) == 6 and all(low < high for low, high in zip(numbers[:3], numbers[3:]))):
+            raise ValueError(f"aabb: expected 6 numbers, minima then larger maxima, got {numbers}")
+        device = aabb.device if isinstance(aabb, torch.Tensor) else None
+        box = torch.as_tensor(aabb, dtype=torch.float32, device=device).reshape(6)
         size = (resolution,) * 3 if isinstance(resolution, int) else tuple(resolution)
         if len(size) != 3 or min(size) < 1 or max(size) > 1024:
             raise ValueError(f"resolution: expected one or three ints between 1 and 1024, got {resolution}")
@@ -31,8 +37,8 @@ class OccupancyGrid(torch.nn.Module):
             raise ValueError(f"resolution: expected fewer than 2^32 cells, got {levels} levels of {size}")
         self.levels, self.resolution = levels, size
         self.register_buffer("aabb", box.clone())
-        self.register_buffer("occs", torch.zeros(levels, *size))
-        self.register_buffer("binaries", torch.ones(levels, *size, dtype=torch.bool))
+        self.register_buffer("occs", torch.zeros(levels, *size, dtype=torch.float32, device=device))
+        self.register_buffer("binaries", torch.ones(levels, *size, dtype=torch.bool, device=device))
 
     @property
     def cells_per_level(self) -> int:
@@ -74,15 +80,15 @@ class OccupancyGrid(torch.nn.Module):
             return False
         for level in range(self.levels):
             cells = self._draw_cells(level, step < warmup, generator)
-            inside = torch.rand(len(cells), 3, generator=generator, device=self.occs.device)
+            inside = torch.rand(len(cells), 3, generator=generator, dtype=self.occs.dtype, device=self.occs.device)
             points = self.cell_points(level, cells, inside)
-            seen = torch.cat([density_fn(part).reshape(-1).float() for part in points.split(chunk)])
+            seen = torch.cat([density_fn(part).reshape(-1).to(self.occs.dtype) for part in points.split(chunk)])
             if seen.shape != cells.shape:
                 raise ValueError(f"density_fn: expected one value for each of {len(cells)} points, got {len(seen)}")
             # Infinity would never decay: it counts as the densest that was seen, at least 1.
             finite = torch.where(seen.isfinite(), seen, 0)
             seen = torch.where(seen == torch.inf, finite.amax().clamp(min=1) if len(seen) else 1.0, seen)
-            largest = torch.full((self.cells_per_level,), -1.0, device=seen.device)
+            largest = seen.new_full((self.cells_per_level,), -1.0)
             largest.scatter_reduce_(0, cells, seen.clamp(min=0), "amax")
             old = self.occs[level].view(-1)
             looked_at = (largest >= 0) & (old >= 0)

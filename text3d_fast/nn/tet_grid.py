@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from text3d_fast import ops
+from text3d_fast.ops.typed import typed
 
 LATTICES = ("a15", "kuhn")
 
@@ -22,6 +23,7 @@ class DeformableTetGrid(torch.nn.Module):
     Buffers: centre [3], half_side scalar; boundary bool [V], the vertices on the cube's faces (not saved).
     """
 
+    @typed
     def __init__(
         self,
         resolution: int = 128,
@@ -35,11 +37,11 @@ class DeformableTetGrid(torch.nn.Module):
             raise ValueError(f"lattice: expected one of {', '.join(LATTICES)}, got {lattice!r}")
         self.lattice, self.resolution = lattice, resolution
         self.grid = getattr(ops.TetGrid, lattice)(resolution, device)
-        self.register_buffer("centre", torch.zeros(3, device=device))
-        self.register_buffer("half_side", torch.ones((), device=device))
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float32, device=device))
+        self.register_buffer("half_side", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("boundary", (self.grid.positions.abs() == 1).any(-1), persistent=False)
-        self.sdf = torch.nn.Parameter(torch.zeros(self.grid.num_vertices, device=device))
-        self.deformation = torch.nn.Parameter(torch.zeros(self.grid.num_vertices, 3, device=device))
+        self.sdf = torch.nn.Parameter(self.grid.positions.new_zeros(self.grid.num_vertices))
+        self.deformation = torch.nn.Parameter(self.grid.positions.new_zeros(self.grid.num_vertices, 3))
         self.place(centre, half_side)
 
     @torch.no_grad()
@@ -47,7 +49,7 @@ class DeformableTetGrid(torch.nn.Module):
         """Fill another cube; distances and offsets stay as they are. ValueError unless half_side is positive."""
         if not half_side > 0:
             raise ValueError(f"half_side: expected a positive length, got {half_side}")
-        self.centre.copy_(torch.as_tensor(centre))
+        self.centre.copy_(torch.as_tensor(centre, dtype=torch.float32, device=self.centre.device))
         self.half_side.fill_(half_side)
 
     @property

@@ -83,7 +83,7 @@ def _indices(diff_attrs, attr) -> torch.Tensor | None:
 
 @functools.lru_cache(64)  # copied to a device once: a CUDA graph cannot capture a copy from the host's memory
 def _on_device(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(indices, dtype=torch.int32).to(device)
+    return torch.tensor(indices, dtype=torch.int32, device="cpu").to(device)
 
 
 def _sizes(attr, rast, tri, diff_attrs):

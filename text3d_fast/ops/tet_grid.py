@@ -72,6 +72,7 @@ class TetGrid:
         if resolution < 4 or resolution % 4:
             raise ValueError(f"resolution: expected a positive multiple of 4, got {resolution!r}")
         positions, tets = _a15(resolution)
+        device = torch.get_default_device() if device is None else device
         return cls("a15", torch.from_numpy(positions).to(device), None, torch.from_numpy(tets).to(device))
 
     @classmethod
@@ -172,8 +173,9 @@ def _make_kuhn_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
             if step:
                 exists.select(axis, size[axis] - 1)[..., i] = False
     low, corner = exists.view(-1, 7).nonzero().int().unbind(-1)
-    steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32)
-    return {"edges": torch.stack([low, low + steps.to(grid.device)[corner.long()]], -1)}
+    steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32,
+                         device=grid.device)
+    return {"edges": torch.stack([low, low + steps[corner.long()]], -1)}
 
 
 def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -129,7 +130,8 @@ def _union(rules: list[_Rule]) -> _Rule:
 
 
 def _items(rules: _Rule | list[_Rule], name: str, value):
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not is_sequence and not (isinstance(value, np.ndarray) and value.ndim == 1):
         return NotImplemented
     if isinstance(rules, list):
         if len(value) != len(rules):

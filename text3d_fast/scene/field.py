@@ -81,13 +81,21 @@ class RadianceField(nn.Module):
         self.grid = HashGrid(spec)
         self.hidden = nn.Linear(spec.output_dim, hidden)
         self.output = nn.Linear(hidden, 4)
-        self.active_levels: int | None = None
         with torch.no_grad():
             self.grid.params.uniform_(-1e-2, 1e-2, generator=generator)
             for layer in (self.hidden, self.output):
                 layer.weight.normal_(0, math.sqrt(2 / layer.in_features), generator=generator)
                 layer.bias.zero_()
             self.output.weight.mul_(0.5)
+
+    @property
+    def active_levels(self) -> int | None:
+        """The grid's: only its first so many levels give output; None: all."""
+        return self.grid.active_levels
+
+    @active_levels.setter
+    def active_levels(self, levels: int | None) -> None:
+        self.grid.active_levels = levels
 
     def forward(self, positions: Tensor, normals: str | None = None) -> FieldSample:
         """Positions [N, 3] in the world; normals None, "analytic" or "finite" (central differences).
@@ -118,8 +126,7 @@ class RadianceField(nn.Module):
     def _evaluate(self, positions: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """raw density [N], raw albedo [N, 3], and d raw density / d x [N, 3] if asked for."""
         x = ((positions + self.radius) / (2 * self.radius)).clamp(0, 1)
-        spec, table = self.grid.spec, self.grid.params
-        features = ops.hash_grid(x, table, spec, self.active_levels)
+        features = self.grid(x)
         inner = self.hidden(features)
         out = self.output(torch.relu(inner))
         raw = out[:, 0] + self.blob(positions)
@@ -127,7 +134,7 @@ class RadianceField(nn.Module):
             return raw, out[:, 1:], None
         # The network's twin: d raw / d features by hand, [N, K], then the chain rule through the grid.
         by_feature = ((inner > 0) * self.output.weight[0]) @ self.hidden.weight
-        gradient = ops.hash_grid_vjp(x, table, by_feature, spec, self.active_levels) / (2 * self.radius)
+        gradient = self.grid.vjp(x, by_feature) / (2 * self.radius)
         return raw, out[:, 1:], gradient + self.blob.gradient(positions)
 
     def _finite_gradient(self, positions: Tensor, step: float = 0.01) -> Tensor:

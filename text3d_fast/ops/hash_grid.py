@@ -38,7 +38,7 @@ def hash_grid(
     """
     arguments = _arguments(x, params, spec, active_levels, compute_dtype)
     if arguments[-1] == "reference":
-        _check(*arguments)
+        _check_for(spec, x, params, None, *arguments[4:])
         return reference.hash_grid(x, _rounded(params, compute_dtype), spec, arguments[4])
     return _hash_grid(*arguments)
 
@@ -59,7 +59,7 @@ def hash_grid_grad(
     """
     arguments = _arguments(x, params, spec, active_levels, compute_dtype)
     if arguments[-1] == "reference":
-        _check(*arguments)
+        _check_for(spec, x, params, None, *arguments[4:])
         return reference.hash_grid_grad(x, _rounded(params, compute_dtype), spec, arguments[4])
     return _hash_grid_grad(*arguments)
 
@@ -82,7 +82,8 @@ def hash_grid_vjp(
     """
     *arguments, backend = _arguments(x, params, spec, active_levels, compute_dtype)
     if backend == "reference":
-        _check_backward(cotangent, *arguments, True, False, backend)
+        _check_for(spec, x, params, None, arguments[4], backend)
+        _check_cotangent(spec, cotangent, x)
         return reference.hash_grid_vjp(x, _rounded(params, compute_dtype), cotangent, spec, arguments[4])
     return _hash_grid_backward(cotangent, *arguments, True, False, backend)[0]
 
@@ -98,7 +99,10 @@ def _arguments(x, params, spec, active_levels, compute_dtype) -> tuple:
 
 
 def _check(x, params, table, key, active_levels, backend):
-    spec = HashGridSpec.parse(key)
+    _check_for(HashGridSpec.parse(key), x, params, table, active_levels, backend)
+
+
+def _check_for(spec, x, params, table, active_levels, backend):
     dtypes = float_dtypes(backend)
     require_tensor("x", x, ("points", spec.dim), *dtypes)
     require_tensor("params", params, (spec.num_params,), *dtypes)
@@ -111,7 +115,11 @@ def _check(x, params, table, key, active_levels, backend):
 
 def _check_backward(cotangent, x, params, table, key, active_levels, need_x, need_params, backend):
     _check(x, params, table, key, active_levels, backend)
-    require_tensor("cotangent", cotangent, (x.shape[0], HashGridSpec.parse(key).output_dim), x.dtype)
+    _check_cotangent(HashGridSpec.parse(key), cotangent, x)
+
+
+def _check_cotangent(spec, cotangent, x):
+    require_tensor("cotangent", cotangent, (x.shape[0], spec.output_dim), x.dtype)
     require_same_device(x=x, cotangent=cotangent)
 
 

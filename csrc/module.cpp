@@ -15,6 +15,7 @@
 #include "rasterize/rasterize.h"
 #include "hash_grid/hash_grid.h"
 #include "mlp/mlp.h"
+#include "render_field/render_field.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
@@ -54,6 +55,8 @@
   TEXT3D_ENTRY(mlp_forward, MLPForwardParams)                           \
   TEXT3D_ENTRY(mlp_backward, MLPBackwardParams)                         \
   TEXT3D_ENTRY(mlp_second, MLPSecondParams)                             \
+  TEXT3D_ENTRY(render_field_forward, RenderFieldForwardParams)          \
+  TEXT3D_ENTRY(render_field_backward, RenderFieldBackwardParams)        \
 // clang-format on
 
 namespace py = pybind11;

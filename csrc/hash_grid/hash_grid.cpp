@@ -274,7 +274,7 @@ void scatter_values(HashGridLevel level, const Points<D>& points, const float* r
 template <int D, int F>
 struct Scatter {
   static void run(const HashGridLayout& layout, const float* x, int64_t points, const float* grad_y,
-                  const float* grad_jacobian, const float* toward, float* grad_params) {
+                  const float* grad_jacobian, const float* toward, float* grad_params, bool accumulate) {
     const int levels = layout.levels, active = layout.active_levels;
     prefer_large_pages(grad_params, size_t(layout.offsets[levels]) * F * sizeof(float));
     // Slices depend on the number of threads, but no entry's sum does: each is added in the order of the points.
@@ -300,7 +300,7 @@ struct Scatter {
         const auto low = uint32_t(uint64_t(level.count) * slice / slices);
         const auto span = uint32_t(uint64_t(level.count) * (slice + 1) / slices) - low;
         float* table = grad_params + int64_t(level.first) * F;
-        if (begin == 0) std::memset(table + int64_t(low) * F, 0, size_t(span) * F * sizeof(float));
+        if (begin == 0 && !accumulate) std::memset(table + int64_t(low) * F, 0, size_t(span) * F * sizeof(float));
         if (l >= active || count <= 0) return;
         const float* row = rows + l * batch * F;
         if (toward) {
@@ -321,7 +321,7 @@ struct Scatter {
         }
       });
     }
-    if (!active) std::memset(grad_params, 0, size_t(layout.offsets[levels]) * F * sizeof(float));
+    if (!active && !accumulate) std::memset(grad_params, 0, size_t(layout.offsets[levels]) * F * sizeof(float));
   }
 };
 
@@ -330,7 +330,7 @@ struct Backward {
   static void run(const HashGridBackwardParams& p) {
     if (p.grad_x) BackwardX<D, F>::run(p);
     if (p.grad_params)
-      Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, p.grad_jacobian, nullptr, p.grad_params);
+      Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, p.grad_jacobian, nullptr, p.grad_params, p.accumulate);
   }
 };
 
@@ -341,7 +341,8 @@ struct Second {
       encode<D, F>(p.layout, p.x, p.points, p.table, p.dtype, p.cotangent_x, p.grad_grad_y, nullptr);
     else
       SecondPoints<D, F>::run(p);
-    if (p.grad_params) Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, nullptr, p.cotangent_x, p.grad_params);
+    if (p.grad_params)
+      Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, nullptr, p.cotangent_x, p.grad_params, p.accumulate);
   }
 };
 

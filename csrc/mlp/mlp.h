@@ -56,6 +56,7 @@ struct MLPSecondParams {
   float* grad_weights;             // [num_params], or null
   int64_t points;
   MLPLayout layout;
+  const float* cotangent_y = nullptr;  // for other kernels: [N, outputs], f_L: adds the gradients of <cotangent_y, y>
   auto fields() {
     return std::tie(cotangent_x, cotangent_weights, grad_y, x, weights, grad_grad_y, grad_x, grad_weights, points,
                     TEXT3D_MLP_LAYOUT(layout));

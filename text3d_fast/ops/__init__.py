@@ -9,6 +9,7 @@ from text3d_fast.ops.marching_tets import marching_tets
 from text3d_fast.ops.mlp import MLPSpec, mlp
 from text3d_fast.ops.prune_samples import prune_samples
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
+from text3d_fast.ops.render_field import FieldRendering, FieldSpec, PointLights, render_field, renders_fused
 from text3d_fast.ops.samples import RaySamples
 from text3d_fast.ops.tet_grid import TetGrid
 from text3d_fast.ops.texture import mip_stack, texture
@@ -16,8 +17,11 @@ from text3d_fast.ops.texture import mip_stack, texture
 __all__ = [
     "Composite",
     "DepthPeeler",
+    "FieldRendering",
+    "FieldSpec",
     "HashGridSpec",
     "MLPSpec",
+    "PointLights",
     "RaySamples",
     "TetGrid",
     "antialias",
@@ -33,5 +37,7 @@ __all__ = [
     "mlp",
     "prune_samples",
     "rasterize",
+    "render_field",
+    "renders_fused",
     "texture",
 ]

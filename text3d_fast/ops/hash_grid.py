@@ -151,10 +151,10 @@ def _run(kernel: str, tensors: tuple, fixed: tuple, spec: HashGridSpec, active_l
         getattr(twin, kernel)(*tensors, spec, active_levels)
     else:
         native.call(f"hash_grid_{kernel}", *tensors, *fixed, tensors[0].shape[0], TABLE_DTYPES.index(tensors[1].dtype),
-                    *_layout(spec, active_levels))
+                    *layout(spec, active_levels))
 
 
-def _layout(spec: HashGridSpec, active_levels: int) -> tuple:
+def layout(spec: HashGridSpec, active_levels: int) -> tuple:
     """The fields of HashGridLayout."""
     return (spec.level_scales, spec.level_resolutions, spec.level_offsets, spec.level_hashed, spec.offset, spec.dim,
             spec.features, spec.levels, active_levels, spec.interpolation == "smoothstep", spec.dialect == "ngp")

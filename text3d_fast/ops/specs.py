@@ -1,4 +1,4 @@
-"""What a hash grid looks like: its levels' scales, resolutions, offsets and index rules; and a small network."""
+"""What a hash grid looks like (scales, resolutions, offsets, index rules of its levels), a network, and a field."""
 
 import functools
 import itertools
@@ -13,6 +13,8 @@ INTERPOLATIONS = ("linear", "smoothstep")
 PRIMES = (1, 2654435761, 805459861)
 MAX_LEVELS = 32
 ACTIVATIONS = ("none", "relu", "silu", "softplus", "sigmoid", "exp", "tanh")  # in the order of csrc/mlp/mlp.h
+DENSITIES = ("softplus", "exp")
+BLOBS = ("linear", "gaussian")
 MLP_LIMITS = {"inputs": 256, "outputs": 128, "width": 128, "hidden_layers": 8}
 
 
@@ -185,6 +187,49 @@ class MLPSpec:
         """The spec that `key` was made from."""
         *numbers, activation, output_activation, bias = key.split(",")
         return MLPSpec(*map(int, numbers), activation, output_activation, bias == "True")
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """A radiance field in the box [-radius, radius]^3: density and albedo = network(grid(x)) + blob.
+
+    grid: of dimension 3. mlp: from grid.output_dim to 4, raw density and raw albedo; no output activation.
+    x = (position + radius) / (2 radius), clamped to [0, 1], is the grid's coordinate; raw = mlp_0 + blob(position).
+    density: "softplus" or "exp" of raw (kept below 15 for exp), times sharpness; albedo = sigmoid(mlp_1, mlp_2, mlp_3).
+    blob: "linear" scale (1 - |p| / width), or "gaussian" scale exp(-|p|^2 / (2 width^2)).
+    """
+
+    grid: HashGridSpec
+    mlp: MLPSpec
+    radius: float = 1.0
+    density: str = "softplus"
+    sharpness: float = 1.0
+    blob: str = "linear"
+    blob_scale: float = 0.0
+    blob_width: float = 0.5
+
+    key: str = field(init=False, repr=False, compare=False)  # what ops pass on; `parse` reads it
+
+    def __post_init__(self) -> None:
+        _require_choice("grid.dim", self.grid.dim, (3,))
+        _require_choice("mlp.inputs", self.mlp.inputs, (self.grid.output_dim,))
+        _require_choice("mlp.outputs", self.mlp.outputs, (4,))
+        _require_choice("mlp.output_activation", self.mlp.output_activation, ("none",))
+        _require_choice("density", self.density, DENSITIES)
+        _require_choice("blob", self.blob, BLOBS)
+        for name in ("radius", "sharpness", "blob_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        rest = (self.radius, self.density, self.sharpness, self.blob, self.blob_scale, self.blob_width)
+        object.__setattr__(self, "key", "|".join((self.grid.key, self.mlp.key, *map(str, rest))))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(key: str) -> "FieldSpec":
+        """The spec that `key` was made from."""
+        grid, mlp, radius, density, sharpness, blob, scale, width = key.split("|")
+        return FieldSpec(HashGridSpec.parse(grid), MLPSpec.parse(mlp), float(radius), density, float(sharpness), blob,
+                         float(scale), float(width))
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:

@@ -97,6 +97,18 @@ class RadianceField(nn.Module):
     def active_levels(self, levels: int | None) -> None:
         self.grid.active_levels = levels
 
+    @property
+    def spec(self) -> ops.FieldSpec:
+        """The field as `ops.render_field` takes it, with `grid.params` and `weights`."""
+        network = ops.MLPSpec(self.hidden.in_features, 4, self.hidden.out_features)
+        return ops.FieldSpec(self.grid.spec, network, self.radius, self.density, self.sharpness, self.blob.profile,
+                             self.blob.scale, self.blob.width)
+
+    @property
+    def weights(self) -> Tensor:
+        """The network's parameters as `ops.mlp` takes them, differentiable."""
+        return torch.cat([t.flatten() for layer in (self.hidden, self.output) for t in (layer.weight, layer.bias)])
+
     def forward(self, positions: Tensor, normals: str | None = None) -> FieldSample:
         """Positions [N, 3] in the world; normals None, "analytic" or "finite" (central differences).
 
@@ -127,11 +139,12 @@ class RadianceField(nn.Module):
         """raw density [N], raw albedo [N, 3], and d raw density / d x [N, 3] if asked for."""
         x = ((positions + self.radius) / (2 * self.radius)).clamp(0, 1)
         features = self.grid(x)
+        if not with_gradient:
+            out = ops.mlp(features, self.weights, self.spec.mlp)
+            return out[:, 0] + self.blob(positions), out[:, 1:], None
         inner = self.hidden(features)
         out = self.output(torch.relu(inner))
         raw = out[:, 0] + self.blob(positions)
-        if not with_gradient:
-            return raw, out[:, 1:], None
         # The network's twin: d raw / d features by hand, [N, K], then the chain rule through the grid.
         by_feature = ((inner > 0) * self.output.weight[0]) @ self.hidden.weight
         gradient = self.grid.vjp(x, by_feature) / (2 * self.radius)

@@ -27,7 +27,7 @@ class Rendering:
     depth_variance  [..]
     normals         [.., 3] mean normal of the volume (not unit), None if the shading needed none
     orientation     scalar, `regularizers.orientation_loss`, None without normals
-    samples         how many points the field was asked for
+    samples         how many samples lie on the rays
     overflow        bool [], with a capacity: whether samples were dropped for want of room
     """
 
@@ -73,44 +73,57 @@ class VolumeRenderer:
             if lights is None:
                 raise ValueError(f"lights: expected one for each camera with mode {mode!r}, got None")
         shape = (len(cameras), cameras.height, cameras.width)
-        origins, directions = (part.reshape(-1, 3) for part in cameras.rays())
-        samples, positions, sample_directions = self.march(origins, directions, generator)
+        origins, directions = (part.detach().reshape(-1, 3) for part in cameras.rays())
+        samples = self.march(origins, directions, generator)
+        fused = (type(field) is RadianceField and field.grid.compute_dtype in (None, torch.float32)
+                 and normals != "finite" and ops.renders_fused(origins.device))
+        render = self._render_fused if fused else self._render_by_parts
+        values, opacity, depth, variance, orientation = render(field, origins, directions, samples, lights, mode,
+                                                               normals)
+        if background.ndim == 2:
+            background = background[:, None, None, :].expand(*shape, 3)
+        opacity = opacity.reshape(shape)
+        images = values.reshape(*shape, -1)
+        color = images[..., :3] + (1 - opacity[..., None]) * background
+        return Rendering(color, opacity, depth.reshape(shape), variance.reshape(shape),
+                         images[..., 3:] if normals is not None else None, orientation, samples.num_samples,
+                         samples.overflow)
+
+    def _render_fused(self, field, origins, directions, samples, lights, mode, normals) -> tuple:
+        if mode != "albedo":
+            lights = ops.PointLights(lights.position, lights.diffuse, lights.ambient)
+        *images, orientation = ops.render_field(
+            origins, directions, field.grid.params, field.weights, samples, field.spec, mode=mode,
+            lights=lights if mode != "albedo" else None, normals=normals is not None,
+            active_levels=field.active_levels, early_stop=self.early_stop)
+        return *images, None if orientation is None else orientation.sum() / max(len(origins), 1)
+
+    def _render_by_parts(self, field, origins, directions, samples, lights, mode, normals) -> tuple:
+        positions, rows = samples.positions(origins, directions), samples.ray_ids.long()
         point = field(positions, normals)
         view = None
         if lights is not None and len(lights) > 1:
-            view = samples.ray_ids // (cameras.height * cameras.width)
-        values = color = shade(point.albedo, point.normals, positions, lights, view, mode)
+            view = samples.ray_ids // (len(origins) // len(lights))
+        values = shade(point.albedo, point.normals, positions, lights, view, mode)
         if normals is not None:
-            values = torch.cat([color, point.normals], -1)
+            values = torch.cat([values, point.normals], -1)
         out = ops.composite(point.density, values, samples, early_stop=self.early_stop)
-        if background.ndim == 2:
-            background = background[:, None, None, :].expand(*shape, 3)
-        opacity = out.opacity.reshape(shape)
-        images = out.values.reshape(*shape, -1)
-        color = images[..., :3] + (1 - opacity[..., None]) * background
         orientation = None
         if normals is not None:
-            orientation = orientation_loss(out.weights, point.normals, sample_directions, len(origins))
-        return Rendering(color, opacity, out.depth.reshape(shape), out.depth_variance.reshape(shape),
-                         images[..., 3:] if normals is not None else None, orientation, len(positions),
-                         samples.overflow)
+            orientation = orientation_loss(out.weights, point.normals, directions[rows], len(origins))
+        return *out[:4], orientation
 
     @torch.no_grad()
-    def march(
-        self, origins: Tensor, directions: Tensor, generator: torch.Generator | None
-    ) -> tuple[ops.RaySamples, Tensor, Tensor]:
-        """Samples inside the ball, their positions [S, 3] and their rays' directions [S, 3]."""
+    def march(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None) -> ops.RaySamples:
+        """Samples inside the ball."""
         middle = -(origins * directions).sum(-1)
         half = (self.radius**2 - origins.square().sum(-1) + middle.square()).clamp_min(0).sqrt()
         near, far = (middle - half).clamp_min(0), (middle + half).clamp_min(0)
         jitter = None
         if generator is not None:
             jitter = torch.rand(len(origins), generator=generator, device=generator.device).to(origins.device)
-        samples = ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step,
-                                 jitter=jitter, capacity=self.capacity)
-        rows = samples.ray_ids.long()
-        along = directions[rows]
-        return samples, origins[rows] + samples.t_middles[:, None] * along, along
+        return ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step, jitter=jitter,
+                              capacity=self.capacity)
 
     def visible_density(self, field: RadianceField) -> Callable[[Tensor], Tensor]:
         """The density as rays meet it, points [N, 3] -> [N]: none outside the ball or in cells that are skipped."""

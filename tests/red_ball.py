@@ -2,7 +2,7 @@
 
 import torch
 
-from text3d_fast.guidance import Conditions, NoiseSchedule
+from text3d_fast.guidance import Conditions, NoiseSchedule, Prior
 
 TINY = {
     "field.levels": 2, "field.start_levels": 2, "field.log2_table_size": 10, "field.base_resolution": 4,
@@ -14,9 +14,10 @@ TINY = {
 }
 
 
-class RedBall:
+class RedBall(Prior):
     """The exact denoiser of one picture: a red disc over the background, from every side."""
 
+    name, kind = "red ball", "exact"
     schedule = NoiseSchedule.cosine()
     image_size = 12
     conditions = ("camera", "background")

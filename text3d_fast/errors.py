@@ -17,3 +17,11 @@ class CheckpointError(OutputError):
 
 class EmptyMesh(RuntimeError):
     """The scene has no surface: too little was asked of it, or the prior never liked anything."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came; `step` steps of the stage are done, and saved if there is a folder."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted after step {step}")
+        self.step = step

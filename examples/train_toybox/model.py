@@ -1,12 +1,10 @@
 """The learned prior of Toybox: a small text-to-image diffusion model in the standard diffusers folder format.
 
-    model_index.json  mean_image/  refiner/  scheduler/  text_encoder/  tokenizer/  unet/  text3d.json
+    model_index.json  scheduler/  text_encoder/  tokenizer/  unet/  text3d.json
 
-A CLIP text encoder of width 96 over the Toybox words and a UNet2DConditionModel on the pixel-unshuffled image
-(3 x 64 x 64 -> 48 x 16 x 16, values in -1..1) that predicts the clean image, beside which it is shown the mean of all
-images that fit the conditions (`guidance.mean_image`); `guidance.refiner` goes over its answer. Camera and background
-colour are optional conditions: the vector of `guidance.model_settings.condition_vector` through the UNet's projection
-class embedding.
+A CLIP text encoder of width 96 over the Toybox words and a `ToyboxDenoiser` on the pixel-unshuffled image
+(3 x 64 x 64 -> 48 x 16 x 16, values in -1..1) that predicts the clean image. Camera and background colour are optional
+conditions: the vector of `guidance.models.settings.condition_vector`.
 Any code that loads Stable-Diffusion-class folders loads this one; `ToyboxModel` is what trainer and sampler share.
 """
 
@@ -24,11 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from examples.train_toybox.tokens import MAX_TOKENS, build_tokenizer
 from text3d_fast.files import write_bytes
-from text3d_fast.guidance.models.folder import MEAN_IMAGE, REFINER
 from text3d_fast.guidance.models.settings import ModelSettings, condition_size, condition_vector
 from text3d_fast.guidance.prior import Conditions
+from text3d_fast.toybox.analytic import LIGHTS
 from text3d_fast.toybox.captions import words
 from text3d_fast.toybox.learned import WEIGHTS
+from text3d_fast.toybox.learned.denoiser import ToyboxDenoiser
 from text3d_fast.toybox.learned.mean_image import MeanImage
 from text3d_fast.toybox.learned.refiner import Refiner
 from text3d_fast.toybox.objects import COLORS
@@ -49,20 +48,19 @@ def model_settings() -> ModelSettings:
         cameras={"elevation": [-10, 80], "azimuth": [0, 360], "distance": [2.4, 3.0], "fov_y": [40, 40]},
         view_words="left_right",
         # a small denoiser knows the form that is asked for where the picture is mostly noise; below, it keeps any form
-        recipe={
-            "guidance_weight": 1.0,
-            "weighting": "sample",
-            "time_range": {"low": 0.85, "high": 0.98, "final_low": 0.5, "final_high": 0.7, "kind": "linear"},
+        recipe=LIGHTS | {
+            "guidance.weight": 1.0, "guidance.weighting": "sample",
+            "guidance.time": (0.85, 0.98), "guidance.final_time": (0.5, 0.7),
         },
         licence="CC0-1.0",
         name="toybox",
     )
 
 
-def build_unet(channels: tuple[int, ...] = CHANNELS) -> UNet2DConditionModel:
-    """A fresh UNet. Attention starts below the full 16 x 16 resolution, where it would cost a third of the time."""
+def build_denoiser(channels: tuple[int, ...] = CHANNELS) -> ToyboxDenoiser:
+    """A fresh network. Attention starts below the full 16 x 16 resolution, where it would cost a third of the time."""
     below = len(channels) - 1
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=IMAGE_SIZE // UNSHUFFLE,
         in_channels=2 * 3 * UNSHUFFLE**2,  # the noisy image and the mean image
         out_channels=3 * UNSHUFFLE**2,
@@ -78,6 +76,21 @@ def build_unet(channels: tuple[int, ...] = CHANNELS) -> UNet2DConditionModel:
         addition_embed_type="text",
         addition_embed_type_num_heads=8,
     )
+    size = condition_size(CONDITION_NAMES)
+    mean_image = MeanImage(TEXT_WIDTH, size, IMAGE_SIZE // UNSHUFFLE, UNSHUFFLE, pictures=tuple(DETAILED.values()),
+                           colors=len(COLORS))
+    return denoiser_of(unet, mean_image, Refiner(TEXT_WIDTH, size, UNSHUFFLE))
+
+
+def denoiser_of(unet: UNet2DConditionModel, mean_image: MeanImage, refiner: Refiner) -> ToyboxDenoiser:
+    """One network of the three, with their weights."""
+    parts = {"unet": unet, "mean_image": mean_image, "refiner": refiner}
+    configs = {f"{name}_config": {key: value for key, value in part.config.items() if not key.startswith("_")}
+               for name, part in parts.items()}
+    denoiser = ToyboxDenoiser(**configs)
+    for name, part in parts.items():
+        getattr(denoiser, name).load_state_dict(part.state_dict())
+    return denoiser
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -117,12 +130,10 @@ def to_images(x: Tensor) -> Tensor:
 class ToyboxModel:
     """The networks, the tokenizer and the noise schedule, and how they fit together."""
 
-    unet: UNet2DConditionModel
+    denoiser: ToyboxDenoiser
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
-    mean_image: MeanImage
-    refiner: Refiner
     settings: ModelSettings = field(default_factory=model_settings)
 
     @classmethod
@@ -132,12 +143,7 @@ class ToyboxModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             text_encoder = build_text_encoder(tokenizer)
-            mean_image = MeanImage(
-                TEXT_WIDTH, condition_size(CONDITION_NAMES), IMAGE_SIZE // UNSHUFFLE, UNSHUFFLE,
-                pictures=tuple(DETAILED.values()), colors=len(COLORS),
-            )
-            refiner = Refiner(TEXT_WIDTH, condition_size(CONDITION_NAMES), UNSHUFFLE)
-            return cls(build_unet(channels), text_encoder, tokenizer, build_scheduler(), mean_image, refiner)
+            return cls(build_denoiser(channels), text_encoder, tokenizer, build_scheduler())
 
     @classmethod
     def load(cls, folder: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> ToyboxModel:
@@ -150,12 +156,10 @@ class ToyboxModel:
             raise FileNotFoundError(f"folder: {folder} holds no model_index.json, so it is no diffusers model folder")
         try:
             model = cls(
-                UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32),
+                ToyboxDenoiser.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32),
                 CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
                 CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
                 DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-                MeanImage.from_pretrained(folder, subfolder=MEAN_IMAGE, torch_dtype=torch.float32),
-                Refiner.from_pretrained(folder, subfolder=REFINER, torch_dtype=torch.float32),
                 ModelSettings.load(folder),
             )
         except Exception as error:  # every library below raises its own kinds
@@ -170,11 +174,8 @@ class ToyboxModel:
         folder.mkdir(parents=True, exist_ok=True)
         index = folder / "model_index.json"
         index.unlink(missing_ok=True)
-        for name, part in (("unet", self.unet), (MEAN_IMAGE, self.mean_image), (REFINER, self.refiner)):
-            # without the folder that it was loaded from
-            copy = type(part).from_config({k: v for k, v in part.config.items() if k != "_name_or_path"})
-            copy.load_state_dict(part.state_dict())
-            copy.to(dtype).save_pretrained(folder / name)
+        copy = denoiser_of(self.unet, self.mean_image, self.refiner)
+        copy.to(dtype).save_pretrained(folder / "unet")
         text_encoder = CLIPTextModel(self.text_encoder.config)
         text_encoder.load_state_dict(self.text_encoder.state_dict())
         text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
@@ -184,28 +185,38 @@ class ToyboxModel:
         content = {
             "_class_name": "DiffusionPipeline",
             "_diffusers_version": diffusers.__version__,
-            MEAN_IMAGE: ["text3d_fast.toybox.learned.mean_image", "MeanImage"],
-            REFINER: ["text3d_fast.toybox.learned.refiner", "Refiner"],
             "scheduler": ["diffusers", "DDPMScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
+            "unet": ["text3d_fast.toybox.learned.denoiser", "ToyboxDenoiser"],
         }
         write_bytes(index, (json.dumps(content, indent=2) + "\n").encode())
 
     @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.denoiser.unet
+
+    @property
+    def mean_image(self) -> MeanImage:
+        return self.denoiser.mean_image
+
+    @property
+    def refiner(self) -> Refiner:
+        return self.denoiser.refiner
+
+    @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.denoiser.device
 
     def to(self, device: torch.device | str) -> ToyboxModel:
         """Moves the networks to `device`; returns self."""
-        for part in (self.unet, self.text_encoder, self.mean_image, self.refiner):
+        for part in (self.denoiser, self.text_encoder):
             part.to(device)
         return self
 
     def eval(self) -> ToyboxModel:
         """Sets the networks to evaluation; returns self."""
-        for part in (self.unet, self.text_encoder, self.mean_image, self.refiner):
+        for part in (self.denoiser, self.text_encoder):
             part.eval()
         return self
 
@@ -228,17 +239,13 @@ class ToyboxModel:
         self, x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The U-Net's answer, and the mean image and its details that it was shown; all [B, 48, 16, 16]."""
-        vector = self.condition_vector(conditions)
-        mean, details = self.mean_image.over(text, vector, conditions.background)
-        seen = torch.cat([x_t, mean], 1)
-        return self.unet(seen, steps, text, class_labels=vector, return_dict=False)[0], mean, details
+        return self.denoiser.coarse(x_t, steps, text, self.condition_vector(conditions))
 
     def refine(
         self, coarse: tuple[Tensor, Tensor, Tensor], x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions
     ) -> Tensor:
         """The refined answer to what `coarse` gave for the same arguments."""
-        alpha = self.scheduler.alphas_cumprod[steps.cpu()].sqrt().to(x_t)
-        return self.refiner(x_t, *coarse, steps, alpha, text, self.condition_vector(conditions))
+        return self.denoiser.refine(coarse, x_t, steps, text, self.condition_vector(conditions))
 
     def predict(self, x_t: Tensor, steps: Tensor, text: Tensor, conditions: Conditions) -> Tensor:
         """The clean x predicted from noisy x_t [B, 48, 16, 16] at discrete steps [B]; text [B, L, 96] from `embed`.

@@ -15,15 +15,16 @@ SMALL = ["--set", *(f"{name}={list(value) if isinstance(value, tuple) else value
 @pytest.fixture
 def red_ball(monkeypatch):
     """`generate` with a prior that costs nothing."""
-    from text3d_fast.pipelines import dreamfusion, pictures, results
+    from text3d_fast.pipelines import pictures, pipeline, results, surface
 
-    monkeypatch.setattr(dreamfusion, "load_prior", lambda model, device: (RedBall(), model or "red ball"))
-    def choose(training, density):
-        return (None, 0.0) if training.config.field.sharpness < 1e-3 else ("auto", 1.0)
+    monkeypatch.setattr(pipeline, "load_prior", lambda model, device: RedBall())
 
-    monkeypatch.setattr(results, "choose_threshold", choose)
-    monkeypatch.setattr(results, "views", lambda mesh, config: pictures.views(mesh, config, size=8))
-    monkeypatch.setattr(results, "turntable", lambda mesh, config: pictures.turntable(mesh, config, 2, size=8))
+    def choose(renderer, field, cameras, density):
+        return (None, 0.0) if field.sharpness < 1e-3 else ("auto", 1.0)
+
+    monkeypatch.setattr(surface, "choose_threshold", choose)
+    monkeypatch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
+    monkeypatch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
 
 
 def test_help_teaches_and_is_fast():
@@ -71,10 +72,10 @@ def test_ctrl_c_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
-    def press(training, density):
+    def press(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("text3d_fast.pipelines.results.choose_threshold", press)
+    monkeypatch.setattr("text3d_fast.pipelines.surface.choose_threshold", press)
     assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == cli.INTERRUPTED
     assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
 

@@ -129,9 +129,8 @@ def test_the_pipeline_goes_on_from_a_checkpoint_and_from_nothing_else(tmp_path, 
     assert ticks == [(1, 70), (1, 70)]
 
 
-def test_default_methods(monkeypatch):
-    monkeypatch.setattr("text3d_fast.pipelines.priors.toybox_weights", lambda: None)
-    assert [m.name for m in evaluate.default_methods()] == [evaluate.REFERENCE, "analytic, words"]
+def test_default_methods():
+    assert [m.name for m in evaluate.default_methods("analytic")] == [evaluate.REFERENCE, "analytic, words"]
     named = evaluate.default_methods("some/model", quick=True)
     assert [(m.name, m.camera) for m in named] == [
         (evaluate.REFERENCE, True), ("model, camera", True), ("model, words", False)

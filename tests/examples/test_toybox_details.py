@@ -163,6 +163,6 @@ def test_a_mean_image_without_details():
     plain = MeanImage()
     assert plain.details is None
     model = ToyboxModel.build(0, SMALL)
-    model.mean_image = plain
+    model.denoiser.mean_image = plain
     with pytest.raises(ValueError, match="no place for details"):
         fit_details(model, [])

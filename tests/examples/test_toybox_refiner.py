@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,6 @@ from examples.train_toybox.batches import TrainSettings, training_batch
 from examples.train_toybox.dataset import RenderedImages, render_dataset
 from examples.train_toybox.model import ToyboxModel
 from examples.train_toybox.refine import MARK_WEIGHT, refining_loss, train_refiner
-from text3d_fast.errors import ModelError
 from text3d_fast.guidance.models.diffusion import DiffusionPrior
 from text3d_fast.guidance.prior import Conditions
 from text3d_fast.toybox.learned.refiner import VARIANCE, Refiner
@@ -108,7 +105,7 @@ def test_training_helps_and_touches_nothing_else(data, monkeypatch):
     model = ToyboxModel.load()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model.refiner = Refiner()
+        model.denoiser.refiner = Refiner()
     others = (model.unet, model.text_encoder, model.mean_image)
     kept = [p.clone() for part in others for p in part.parameters()]
     settings, rows, calls = replace(refine.SETTINGS, batch=4, learning_rate=1e-3, warmup=5), [], []
@@ -169,14 +166,8 @@ def test_prior_and_trainer_answer_alike(data, tmp_path):
         ours = model.predict(x, steps, model.embed(model.token_ids(conditions.texts)), conditions)
         theirs = prior.predict(x, steps / 999, conditions)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
-    assert prior.describe()["parameters"]["refiner"] == sum(p.numel() for p in model.refiner.parameters())
-
-    broken = tmp_path / "broken"
-    shutil.copytree(tmp_path / "model", broken)
-    path = broken / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "epsilon"}))
-    with pytest.raises(ModelError, match="refiner/ needs a model with mean_image/ that predicts the clean image"):
-        DiffusionPrior.from_pretrained(broken)
+    assert prior.describe()["parameters"]["unet"] == sum(p.numel() for p in model.denoiser.parameters())
+    assert prior.canonical("a crimson cup") == "a red mug"
 
 
 def test_gradients_pass_through_to_the_noisy_image():

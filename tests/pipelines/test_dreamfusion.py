@@ -9,28 +9,22 @@ import pytest
 import torch
 from red_ball import TINY, RedBall
 
-from text3d_fast.errors import CheckpointError, EmptyMesh, OutputError
+from text3d_fast.errors import CheckpointError, EmptyMesh, Interrupted, OutputError
 from text3d_fast.files import atomic_path
 from text3d_fast.pipelines import DreamFusion, DreamFusionConfig
 from text3d_fast.pipelines import checkpoint as checkpoints
 from text3d_fast.pipelines.checkpoint import load_state
-from text3d_fast.pipelines.priors import canonical_prompt
-from text3d_fast.pipelines.run_folder import Interrupted
 
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
     """Pictures of a finished run are tested on their own; here they would take most of the time."""
-    from text3d_fast.pipelines import pictures, results
+    from text3d_fast.pipelines import pictures, results, surface
 
-    choose = results.choose_threshold
-
-    def cheaper(training, density):
-        return ("auto", 1.0) if 1 < training.step < 20 else choose(training, density, 16)
-
-    monkeypatch.setattr(results, "choose_threshold", cheaper)
-    monkeypatch.setattr(results, "views", lambda mesh, config: pictures.views(mesh, config, size=8))
-    monkeypatch.setattr(results, "turntable", lambda mesh, config: pictures.turntable(mesh, config, 2, size=8))
+    choose = surface.choose_threshold
+    monkeypatch.setattr(surface, "choose_threshold", lambda *args: choose(*args, 16))
+    monkeypatch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
+    monkeypatch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
 
 
 def pipeline(**settings):
@@ -73,7 +67,7 @@ def same(first, second):
 
 
 def test_same_seed_same_result_other_seed_another():
-    runs = [pipeline(**{"shading.albedo_until": 0.0}).run("a ball", seed=seed).training.tensors()
+    runs = [pipeline(**{"shading.albedo_until": 0.0}).run("a ball", seed=seed).stage.tensors()
             for seed in (1, 1, 2)]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
@@ -95,7 +89,7 @@ def test_ctrl_c_saves_and_resuming_gives_the_unbroken_result(tmp_path):
     resumed = pipeline().run("a ball", out=tmp_path / "broken", resume=True,
                              callback=lambda step, _: steps.append(step))
     assert steps == [4, 5, 6]
-    assert same(whole.training.tensors(), resumed.training.tensors())
+    assert same(whole.stage.tensors(), resumed.stage.tensors())
     assert torch.equal(whole.mesh.vertices, resumed.mesh.vertices)
 
 
@@ -111,7 +105,7 @@ def test_a_network_background_is_trained_and_batches_work():
     df = DreamFusion(prior=AnyBackground(), device="cpu", settings=TINY | {"batch": 2, "background": "network"})
     before = []
     result = df.run("a ball", callback=lambda _, state: before.append(
-        state.training.background.layers[2].bias.detach().clone()))
+        state.stage.background.layers[2].bias.detach().clone()))
     assert not torch.equal(before[0], before[-1])
     assert len(df.prior.seen[0]) == 2 and result.config.background == "network"
 
@@ -205,10 +199,10 @@ def test_prompts_outside_the_vocabulary_and_devices():
     from text3d_fast.toybox.analytic import AnalyticPrior
 
     prior = AnalyticPrior(progress=False)
-    assert canonical_prompt(prior, "a crimson cup") == "a red mug"
+    assert prior.canonical("a crimson cup") == "a red mug"
     with pytest.raises(ValueError, match="did you mean"):
-        canonical_prompt(prior, "a red mugg")
+        prior.canonical("a red mugg")
     with pytest.raises(ValueError, match="prompt"):
-        canonical_prompt(RedBall(), "  ")
+        RedBall().canonical("  ")
     with pytest.raises(ValueError, match="device"):
         DreamFusion(prior=RedBall(), device="tpu9")

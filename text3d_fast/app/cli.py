@@ -185,9 +185,8 @@ def generate(options: Generate) -> int:
 
     from text3d_fast import backends
     from text3d_fast.app.progress import Progress
-    from text3d_fast.errors import EmptyMesh, OutputError
-    from text3d_fast.pipelines.dreamfusion import DreamFusion
-    from text3d_fast.pipelines.run_folder import Interrupted
+    from text3d_fast.errors import EmptyMesh, Interrupted, OutputError
+    from text3d_fast.pipelines import DreamFusion
 
     out = options.out or default_folder(options.prompt, options.resume)
     if options.threads is not None:
@@ -228,7 +227,7 @@ def view(options: View) -> int:
         return fail(f"--size: expected a positive number, got {options.size}")
     from text3d_fast.app import viewer as viewing
     from text3d_fast.errors import OutputError
-    from text3d_fast.pipelines.dreamfusion import choose_device
+    from text3d_fast.pipelines.pipeline import choose_device
 
     names = [entry.name for entry in dataclasses.fields(viewing.ViewSettings)]
     settings = viewing.ViewSettings(**{name: getattr(options, name) for name in names})

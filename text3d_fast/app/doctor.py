@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from text3d_fast import backends, native
-from text3d_fast.pipelines.priors import ANALYTIC, TOYBOX, toybox_weights
 from text3d_fast.pipelines.results import versions
 
 
@@ -27,8 +26,6 @@ def doctor(model: str | None) -> int:
     console.print(f"GPU {gpu()}")
     reason = native.reason_against("cuda")
     console.print("native CUDA kernels: built" if reason is None else f"native CUDA kernels: none, as {reason}")
-    shipped = "shipped, the default" if toybox_weights() else "not shipped: use --model analytic"
-    console.print(f"Toybox model: {shipped}")
     table = Table("op", "device", "served by", "why not the others", title="which backend serves which op here")
     for row in backends.table():
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])
@@ -47,16 +44,13 @@ def gpu() -> str:
 def describe(model: str, console: Console) -> int:
     """Print what is known of a model without loading its weights."""
     from text3d_fast.errors import ModelError
-    from text3d_fast.guidance.models.folder import open_model
+    from text3d_fast.guidance import load_prior, open_model, registered_priors
 
-    if model == ANALYTIC:
-        console.print("analytic: the exact denoiser of Toybox renders; 64 x 64 pixels; text, camera, background; CC0")
-        return 0
-    source = toybox_weights() if model == TOYBOX else model
     try:
-        if source is None:
-            raise ModelError("no Toybox weights ship with this copy of the package")
-        content = open_model(source, dtype=torch.float16).describe()
+        if model in registered_priors():
+            content = load_prior(model).describe()
+        else:
+            content = open_model(model, dtype=torch.float16).describe()
     except (ModelError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", highlight=False)
         return 2

@@ -9,16 +9,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
-    from text3d_fast.pipelines.dreamfusion import DreamFusion, StepState
+    from text3d_fast.pipelines.pipeline import Pipeline
     from text3d_fast.pipelines.results import Result
+    from text3d_fast.pipelines.stage import StepState
 
 
 class Progress:
-    """A context whose `step` is a callback for `DreamFusion.run`."""
+    """A context whose `step` is a callback for `Pipeline.run`."""
 
-    def __init__(self, pipeline: DreamFusion, prompt: str, steps: int | None, quiet: bool = False):
+    def __init__(self, pipeline: Pipeline, prompt: str, steps: int | None, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
-        self.steps = steps or pipeline.config.steps
+        self.steps = steps or pipeline.config.total_steps()
         self.loss = 0.0
         self.bar = Bar(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -44,7 +45,7 @@ class Progress:
             loss = float(state.loss)
             self.loss = loss if self.loss == 0 else 0.8 * self.loss + 0.2 * loss
             fields = {"loss": f"{self.loss:.4f}", "rate": f"{state.rate:.1f}"}
-        self.bar.update(self.task, completed=step, total=state.training.config.steps, **fields)
+        self.bar.update(self.task, completed=step, total=state.stage.config.steps, **fields)
 
     def summary(self, result: Result) -> None:
         metrics, figures = result.metrics, result.metrics["metrics"]

@@ -68,11 +68,9 @@ def _slug(text: str) -> str:
 
 def default_methods(model: str | None = None, quick: bool = False) -> list[Method]:
     """Both priors, with the camera and in words only; `model` takes the place of the learned Toybox prior."""
-    from text3d_fast.pipelines.priors import toybox_weights
-
     analytic = [Method(REFERENCE, "analytic", True), Method("analytic, words", "analytic", False)]
-    learned = model or ("toybox" if toybox_weights() is not None else None)
-    if learned in (None, "analytic"):
+    learned = model or "toybox"
+    if learned == "analytic":
         return analytic
     name = Path(learned).name
     both = [Method(f"{name}, camera", learned, True), Method(f"{name}, words", learned, False)]

@@ -15,6 +15,7 @@ from text3d_fast.guidance.models.diffusion import DiffusionPrior
 from text3d_fast.guidance.models.folder import open_model
 from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.prompts import ViewPrompts
+from text3d_fast.guidance.registry import load_prior, register_prior, registered_priors
 from text3d_fast.guidance.schedule import NoiseSchedule
 from text3d_fast.guidance.sds import ScoreDistillation
 from text3d_fast.guidance.variants import DISTILLATIONS
@@ -40,5 +41,8 @@ __all__ = [
     "ViewPrompts",
     "distillation_loss",
     "guided_noise",
+    "load_prior",
     "open_model",
+    "register_prior",
+    "registered_priors",
 ]

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.schedule import NoiseSchedule
 
 
@@ -72,11 +72,13 @@ class GaussianMixture:
         return self.means[which] + self.stds[which, None] * noise
 
 
-class MixturePrior:
+class MixturePrior(Prior):
     """A Gaussian mixture behind the `Prior` interface: "images" [B, H, W, C] with H W C = D, taken as they are.
 
     labels: text -> the components it stands for (weights renormalized); "" stands for all of them.
     """
+
+    name, kind = "mixture", "exact"
 
     def __init__(
         self,

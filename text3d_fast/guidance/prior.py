@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,31 +97,57 @@ class Conditions:
 _SIZES = {"camera": (3,), "background": (3,), "pose": (4, 4), "window": (3,)}  # of one row
 
 
-@runtime_checkable
-class Prior(Protocol):
-    """An image prior. Guidance needs nothing else; an own one is a class with these four.
+class Prior(ABC):
+    """An image prior. An own one says its schedule and image_size and how to encode and predict; the rest has defaults.
 
-    Optional: `camera_distribution`, a dict that says which cameras the prior knows, in degrees and world units:
-    {"elevation": (low, high), "azimuth": (low, high), "distance": (low, high), "fov_y": (low, high)}.
-    Optional: `known_cameras(text)`, [N, 3] elevation, azimuth (radians) and distance of the only views that the prior
-    knows exactly; pipelines that tell it the camera then look from there.
+    schedule     the noise schedule of its diffusion
+    image_size   the height and width of the images that `encode` takes
+    name         what `load_prior` takes to get it again
+    kind         "latent", "pixel", or "exact" for an exact denoiser: which recipe of settings suits it
+    conditions   what it knows beside the text: "camera", "background"
+    view_words   a name in prompts.WORDINGS; None: the recipe's
+    camera_distribution  the cameras it knows, in degrees and world units: {"elevation": (low, high), "azimuth": ...,
+                 "distance": ..., "fov_y": ...}; None if it does not say
+    wishes       settings that suit it better than the recipe's: {"guidance.weight": 1.0}, dotted as in config.yaml
     """
 
     schedule: NoiseSchedule
-    image_size: int  # the height and width of the images that `encode` takes
+    image_size: int
+    name: str = ""
+    kind: str = "pixel"
+    conditions: Sequence[str] = ()
+    view_words: str | None = None
+    camera_distribution: Mapping[str, Any] | None = None
+    wishes: Mapping[str, Any] = MappingProxyType({})
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """images [B, H, W, 3] in 0..1 -> x [B, C, h, w], the space the diffusion runs in. Differentiable."""
-        ...
 
+    @abstractmethod
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """eps_theta(x_t; conditions, t) without guidance. x_t [B, C, h, w], t [B] in [0, 1] -> [B, C, h, w].
 
         Differentiable in x_t when gradients are enabled.
         """
-        ...
 
+    def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027  (nothing to do is a good default)
+        """Do now, once, what these texts will need: embed them, render for them."""
 
-def camera_distribution(prior: Prior) -> dict[str, Any] | None:
-    """The cameras a prior knows, or None if it does not say."""
-    return getattr(prior, "camera_distribution", None)
+    def describe(self) -> dict[str, Any]:
+        """What `doctor --model` prints."""
+        return {"model": self.name, "kind": self.kind, "image_size": self.image_size,
+                "conditions": ["text", *self.conditions]}
+
+    def canonical(self, prompt: str) -> str:
+        """The prompt in the prior's words. ValueError, with what is understood, if it has none for it."""
+        if not prompt.strip():
+            raise ValueError("prompt: expected some words, got an empty text")
+        return " ".join(prompt.split())
+
+    def known_cameras(self, text: str) -> Tensor | None:
+        """[N, 3] elevation, azimuth (radians) and distance of the only views that it knows exactly; None: no such.
+
+        Pipelines that tell it the camera then look from there.
+        """
+        return None

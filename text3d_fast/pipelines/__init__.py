@@ -1,4 +1,4 @@
-"""Text to 3D: DreamFusion.
+"""Text to 3D.
 
 Names are imported when they are first used, so that light commands stay light.
 """

@@ -46,20 +46,20 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and start again") from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments and counters by "parameter index/name"."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, name: str = "optimizer") -> dict[str, Tensor]:
+    """The optimizer's moments and counters by "NAME/parameter index/entry"."""
     state = optimizer.state_dict()["state"]
-    return {f"optimizer/{index}/{name}": torch.as_tensor(value)
-            for index, entry in state.items() for name, value in entry.items()}
+    return {f"{name}/{index}/{key}": torch.as_tensor(value)
+            for index, entry in state.items() for key, value in entry.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], name: str = "optimizer") -> None:
     """The inverse of `optimizer_tensors` (learning rates are set anew each step)."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = value.clone()
+        if key.startswith(name + "/"):
+            _, index, entry = key.rsplit("/", 2)
+            state.setdefault(int(index), {})[entry] = value.clone()
     content = optimizer.state_dict()
     content["state"] = state
     optimizer.load_state_dict(content)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from text3d_fast.scene.cameras import CameraDistribution
 from text3d_fast.scene.lights import LightDistribution
@@ -107,26 +110,27 @@ class OptimizerConfig:
     warmup: float = 0.02
     final: float = 0.03
 
+    def rate(self, base: float, step: int, steps: int) -> float:
+        """The learning rate at a step, for one whose highest is `base`."""
+        warm = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
+        return base * warm * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * (step / steps))))
 
-@dataclass
-class DreamFusionConfig:
-    """Everything that decides the result, besides the machine.
 
+@dataclass(kw_only=True)
+class VolumeConfig:
+    """A stage that optimizes a radiance field.
+
+    size         pixels along a side of the renders; `Prior.encode` enlarges them where the model wants more
     background   "solid": a colour drawn anew for each image; "network": an MLP of the ray direction
-    view_words   a name in guidance.prompts.WORDINGS
-    mesh_resolution, texture   of the exported mesh: the extraction grid (a multiple of 4), and the texels of the
-                 texture's side; 0 exports vertex colours
-    threads      CPU threads the run was made with; another number changes the last bits
+    view_words   a name in guidance.prompts.WORDINGS; view_sectors the half-widths of front and back, degrees
     """
 
-    prompt: str = ""
-    model: str = "toybox"
-    seed: int = 0
     steps: int = 1000
     batch: int = 1
     size: int = 64
     background: str = "solid"
     view_words: str = "side"
+    view_sectors: tuple[float, float] = (45.0, 45.0)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -135,6 +139,26 @@ class DreamFusionConfig:
     cameras: CameraDistribution = dataclasses.field(default_factory=CameraDistribution)
     lights: LightDistribution = dataclasses.field(default_factory=LightDistribution)
     shading: ShadingSchedule = dataclasses.field(default_factory=ShadingSchedule)
+
+    def __post_init__(self) -> None:
+        if self.background not in ("solid", "network"):
+            raise ValueError(f"background: expected solid or network, got {self.background!r}")
+        require_positive(self, "steps", "batch", "size")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every run has, whatever its pipeline. Everything that decides the result, besides the machine, is in it.
+
+    mesh_resolution, texture   of the exported mesh: the extraction grid (a multiple of 4), and the texels of the
+                 texture's side; 0 exports vertex colours
+    threads      CPU threads the run was made with; another number changes the last bits
+    """
+
+    pipeline: str = ""
+    prompt: str = ""
+    model: str = "toybox"
+    seed: int = 0
     checkpoint_every: int = 250
     preview_every: int = 100
     mesh_resolution: int = 128
@@ -142,11 +166,25 @@ class DreamFusionConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.background not in ("solid", "network"):
-            raise ValueError(f"background: expected solid or network, got {self.background!r}")
-        for name in ("steps", "batch", "size", "checkpoint_every", "preview_every", "mesh_resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        require_positive(self, "checkpoint_every", "preview_every", "mesh_resolution")
+
+    def stage(self, name: str) -> Any:
+        """The settings of a stage: a group of that name, or, in a pipeline of one stage, these."""
+        return getattr(self, name, self)
+
+    def with_steps(self, steps: int) -> Self:
+        """A copy that takes `steps` steps in all, divided among the stages in proportion."""
+        stages = [entry.name for entry in dataclasses.fields(self) if hasattr(getattr(self, entry.name), "steps")]
+        if not stages:
+            return self.updated({"steps": steps})
+        total = sum(getattr(self, name).steps for name in stages)
+        return self.updated({f"{name}.steps": max(1, round(steps * getattr(self, name).steps / total))
+                             for name in stages})
+
+    def total_steps(self) -> int:
+        """Of all stages."""
+        groups = [getattr(self, entry.name) for entry in dataclasses.fields(self)]
+        return sum(group.steps for group in groups if hasattr(group, "steps")) or getattr(self, "steps", 0)
 
     def to_yaml(self) -> str:
         import yaml
@@ -154,7 +192,7 @@ class DreamFusionConfig:
         return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True)
 
     @classmethod
-    def from_yaml(cls, text: str, source: str = "config.yaml") -> DreamFusionConfig:
+    def from_yaml(cls, text: str, source: str = "config.yaml") -> Self:
         """Read a saved config. Raises ValueError naming the file and the setting that is wrong."""
         import yaml
 
@@ -164,10 +202,10 @@ class DreamFusionConfig:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> DreamFusionConfig:
+    def load(cls, path: str | Path) -> Self:
         return cls.from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
 
-    def updated(self, changes: dict[str, Any]) -> DreamFusionConfig:
+    def updated(self, changes: dict[str, Any]) -> Self:
         """A copy with settings replaced, named by dotted paths: {"guidance.weight": 7.5}. ValueError if unknown."""
         content = _plain(self)
         for name, value in changes.items():
@@ -179,6 +217,24 @@ class DreamFusionConfig:
                 raise ValueError(f"{name}: no such setting; see config.yaml of a run for all of them")
             place[last] = value
         return _build(type(self), content, "")
+
+
+@dataclass(kw_only=True)
+class DreamFusionConfig(VolumeConfig, RunConfig):
+    """DreamFusion is one stage: its settings stand beside those of the run."""
+
+    pipeline: str = "dreamfusion"
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        VolumeConfig.__post_init__(self)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """ValueError unless these settings are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {getattr(config, name)}")
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from text3d_fast import ops
 from text3d_fast.geometry import Mesh
-from text3d_fast.pipelines.config import DreamFusionConfig
-from text3d_fast.pipelines.training import Training
-from text3d_fast.scene.cameras import Cameras
+from text3d_fast.scene.cameras import CameraDistribution, Cameras
+from text3d_fast.scene.field import RadianceField
 from text3d_fast.scene.lights import headlights
 from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes
+from text3d_fast.scene.volume_renderer import VolumeRenderer
 
 WHITE = (1.0, 1.0, 1.0)
 VIEW_LABELS = ["front", "45", "left", "135", "back", "225", "right", "315"]
@@ -22,30 +22,24 @@ TURNTABLE_FRAMES = 36
 
 @torch.no_grad()
 def volume_views(
-    training: Training, azimuths: list[float], elevation: float = 15.0, size: int = 128, mode: str = "lambertian",
+    renderer: VolumeRenderer, field: RadianceField, cameras: CameraDistribution, azimuths: list[float],
+    elevation: float = 15.0, size: int = 128, mode: str = "lambertian", normals: str = "analytic",
     ground: tuple[float, float, float] = WHITE,
 ) -> tuple[Tensor, Tensor]:
     """Pictures [V, size, size, 3] in 0..1 and opacities [V, size, size] of the volume; angles in degrees."""
-    config, device = training.config, training.device
+    device = renderer.occupancy.aabb.device
     pictures, opacities = [], []
-    for cameras in orbits(config, azimuths, elevation, size, device):
+    for view in orbits(cameras, azimuths, elevation, size, device):
         background = torch.tensor([ground], device=device)
-        rendering = training.renderer(training.field, cameras, background, headlights(cameras), mode,
-                                      None if mode == "albedo" else config.field.normals)
+        rendering = renderer(field, view, background, headlights(view), mode, None if mode == "albedo" else normals)
         pictures.append(rendering.color.clamp(0, 1))
         opacities.append(rendering.opacity)
     return torch.cat(pictures), torch.cat(opacities)
 
 
-def preview(training: Training) -> Tensor:
-    """[H, W, 3] four sides of the volume side by side."""
-    pictures, _ = volume_views(training, [0.0, 90.0, 180.0, 270.0], size=96)
-    return torch.cat(list(pictures), 1)
-
-
 @torch.no_grad()
 def mesh_views(
-    mesh: Mesh, config: DreamFusionConfig, azimuths: list[float], elevation: float = 15.0, size: int = 256,
+    mesh: Mesh, cameras: CameraDistribution, azimuths: list[float], elevation: float = 15.0, size: int = 256,
     ground: tuple[float, float, float] = WHITE,
 ) -> Tensor:
     """Pictures [V, size, size, 3] in 0..1 of the exported mesh; angles in degrees. An empty mesh gives empty ones."""
@@ -53,38 +47,38 @@ def mesh_views(
     if not len(mesh.faces):
         return background.expand(len(azimuths), size, size, 3)
     mesh = mesh.with_normals()
-    frames = [render_meshes([mesh], cameras, background, headlights(cameras)).color.clamp(0, 1)
-              for cameras in orbits(config, azimuths, elevation, size, mesh.vertices.device)]
+    frames = [render_meshes([mesh], view, background, headlights(view)).color.clamp(0, 1)
+              for view in orbits(cameras, azimuths, elevation, size, mesh.vertices.device)]
     return torch.cat(frames)
 
 
 @torch.no_grad()
 def mesh_silhouettes(
-    mesh: Mesh, config: DreamFusionConfig, azimuths: list[float], elevation: float, size: int
+    mesh: Mesh, cameras: CameraDistribution, azimuths: list[float], elevation: float, size: int
 ) -> Tensor:
     """Which pixels the mesh covers, bool [V, size, size]."""
     masks = [torch.zeros(size, size, dtype=torch.bool, device=mesh.vertices.device)] * len(azimuths)
     if len(mesh.faces):
-        for k, cameras in enumerate(orbits(config, azimuths, elevation, size, mesh.vertices.device)):
-            rast, _ = ops.rasterize(clip_positions(mesh.vertices, cameras).contiguous(), mesh.faces, (size, size))
+        for k, view in enumerate(orbits(cameras, azimuths, elevation, size, mesh.vertices.device)):
+            rast, _ = ops.rasterize(clip_positions(mesh.vertices, view).contiguous(), mesh.faces, (size, size))
             masks[k] = rast[0, ..., 3].flip(0) != 0
     return torch.stack(masks)
 
 
 def orbits(
-    config: DreamFusionConfig, azimuths: list[float], elevation: float, size: int, device: torch.device
+    cameras: CameraDistribution, azimuths: list[float], elevation: float, size: int, device: torch.device
 ) -> list[Cameras]:
     """One camera for each azimuth (degrees), at the middle of the distances and fields of view of the run."""
-    fov_y, distance = math.radians(sum(config.cameras.fov_y) / 2), sum(config.cameras.distance) / 2
+    fov_y, distance = math.radians(sum(cameras.fov_y) / 2), sum(cameras.distance) / 2
     return [Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size, device)
             for azimuth in azimuths]
 
 
-def views(mesh: Mesh, config: DreamFusionConfig, size: int = 256) -> Tensor:
+def views(mesh: Mesh, cameras: CameraDistribution, size: int = 256) -> Tensor:
     """[8, size, size, 3] every 45 degrees from the front, as VIEW_LABELS."""
-    return mesh_views(mesh, config, [45.0 * k for k in range(8)], size=size)
+    return mesh_views(mesh, cameras, [45.0 * k for k in range(8)], size=size)
 
 
-def turntable(mesh: Mesh, config: DreamFusionConfig, frames: int = TURNTABLE_FRAMES, size: int = 256) -> Tensor:
+def turntable(mesh: Mesh, cameras: CameraDistribution, frames: int = TURNTABLE_FRAMES, size: int = 256) -> Tensor:
     """[frames, size, size, 3] once around."""
-    return mesh_views(mesh, config, [360.0 * k / frames for k in range(frames)], size=size)
+    return mesh_views(mesh, cameras, [360.0 * k / frames for k in range(frames)], size=size)

@@ -1,52 +1,44 @@
-"""Settings that suit a prior: a real text-to-image model, the learned Toybox model, the analytic prior."""
+"""Settings that suit a prior, from its properties; one precedence, and each value knows where it comes from.
+
+Later layers win: the pipeline's defaults, the recipe of the prior's kind, what the prior says of itself (views,
+cameras, conditions), what follows from the weighting, the prior's own wishes, and at last the user's `settings`.
+
+The figures for real models are the published ones for their class (DreamFusion's paper and its reproductions),
+carried over to this package's world: the box [-1, 1]^3, mean-reduced losses, and the (1 + w) / w form of guidance.
+"""
 
 from __future__ import annotations
 
-from text3d_fast.guidance import DiffusionPrior, Prior
-from text3d_fast.guidance.prior import camera_distribution
-from text3d_fast.guidance.recipes import Recipe, choose_recipe
-from text3d_fast.pipelines.config import DreamFusionConfig
-from text3d_fast.pipelines.priors import ANALYTIC, known_conditions, speaks_toybox
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
+from text3d_fast.guidance import Prior
+from text3d_fast.pipelines.config import RunConfig, VolumeConfig
 
-def default_config(prior: Prior, model: str) -> DreamFusionConfig:
-    """The starting point for `model`; everything can be changed with `settings`."""
-    settings: dict = {"model": model, "size": min(prior.image_size, 64)}
-    if isinstance(prior, DiffusionPrior):
-        settings |= recipe_settings(choose_recipe(prior))
-    else:
-        settings |= {f"cameras.{name}": tuple(bounds) for name, bounds in (camera_distribution(prior) or {}).items()}
-    words = getattr(prior, "view_words", None) or getattr(getattr(prior, "settings", None), "view_words", None)
-    if words:
-        settings["view_words"] = words
-    settings["background"] = "solid" if "background" in known_conditions(prior) else "network"
-    if speaks_toybox(prior):
-        settings |= TOYBOX_LIGHTS
-    if settings.get("guidance.weighting") == "sample":
-        settings |= SMALL_GRADIENT
-    if model == ANALYTIC:
-        settings |= ANALYTIC_SETTINGS
-    return DreamFusionConfig().updated(settings)
-
-
-def recipe_settings(recipe: Recipe) -> dict:
-    """A guidance recipe in the names of DreamFusionConfig."""
-    time = recipe.time_range
-    settings = {
-        "size": recipe.render_size, "steps": recipe.steps, "batch": recipe.batch, "view_words": recipe.view_words,
-        "guidance.weight": recipe.guidance_weight, "guidance.weighting": recipe.weighting,
-        "guidance.time": (time.low, time.high), "guidance.time_end": time.end,
-        "guidance.final_time": None if time.kind == "constant" else time.at(1.0),
-    }
-    settings |= {f"optimizer.{name}": rate for name, rate in recipe.learning_rates.items()}
-    return settings | {f"cameras.{name}": tuple(bounds) for name, bounds in recipe.cameras.items()}
-
-
-# The lights that Toybox pictures are rendered with.
-TOYBOX_LIGHTS = {
-    "lights.spread": 0.6, "lights.lift": 0.5, "lights.distance": (1.0, 1.9),
-    "lights.diffuse": (0.5, 0.7), "lights.ambient": (0.3, 0.55),
-    "shading.lit": 1.0, "shading.textureless": 0.0,
+KINDS: dict[str, dict[str, Any]] = {
+    # Stable Diffusion and its like, 512 or 768 pixels through a VAE
+    "latent": {
+        "steps": 10_000, "guidance.weight": 100.0, "optimizer.grid": 1e-2, "optimizer.network": 1e-3,
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0),
+    },
+    # DeepFloyd IF's first stage and its like: 64 pixels, no VAE
+    "pixel": {
+        "steps": 10_000, "guidance.weight": 20.0, "optimizer.grid": 1e-2, "optimizer.network": 1e-3,
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0),
+    },
+    # a small model that is given the camera: the words need little amplification, and few steps suffice
+    "camera": {
+        "guidance.weight": 5.0, "guidance.final_time": (0.02, 0.5), "optimizer.grid": 1e-2,
+        "optimizer.network": 2e-3, "view_words": "left_right",
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0),
+    },
+    # an exact denoiser: conditions are exact, so there is nothing to amplify; w = sigma / alpha makes the gradient
+    # the picture minus the denoised picture
+    "exact": {
+        "guidance.weight": 0.0, "guidance.weighting": "sample",
+        "guidance.time": (0.02, 0.5), "guidance.final_time": (0.02, 0.2),
+    },
 }
 
 # With w = sigma / alpha the gradient is the picture minus the denoised one, which is small beside a gradient with
@@ -56,9 +48,52 @@ SMALL_GRADIENT = {
     "penalties.orientation": (0.03, 0.03), "penalties.opacity": (0.003, 0.003), "field.max_resolution": 64,
 }
 
-# The exact denoiser needs no guidance, leaves no fog, and is steady enough for a stronger orientation penalty.
-ANALYTIC_SETTINGS = {
-    "guidance.weight": 0.0, "guidance.weighting": "sample",
-    "guidance.time": (0.02, 0.5), "guidance.final_time": (0.02, 0.2),
-    "penalties.orientation": (0.1, 0.1), "field.max_resolution": 64,
-}
+
+@dataclass
+class Recipe:
+    """Layers of (where they come from, settings by dotted name); the last one that has a setting decides it."""
+
+    layers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def add(self, source: str, settings: dict[str, Any]) -> None:
+        self.layers.append((source, dict(settings)))
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for _, layer in self.layers for name, value in layer.items()}
+
+    def source(self, name: str) -> str:
+        """Where a setting's value comes from."""
+        return next((source for source, layer in reversed(self.layers) if name in layer), "default")
+
+
+def recipe(prior: Prior, config_type: type[RunConfig]) -> Recipe:
+    """What suits the prior in a pipeline with these settings: each stage that has a radiance field takes the recipe."""
+    stages = [f"{entry.name}." for entry in dataclasses.fields(config_type) if _is_volume(entry)]
+    if issubclass(config_type, VolumeConfig):
+        stages.append("")
+    whole = Recipe()
+    for source, layer in volume_recipe(prior).layers:
+        whole.add(source, {prefix + name: value for prefix in stages for name, value in layer.items()})
+    return whole
+
+
+def _is_volume(entry: dataclasses.Field) -> bool:
+    return isinstance(entry.default_factory, type) and issubclass(entry.default_factory, VolumeConfig)
+
+
+def volume_recipe(prior: Prior) -> Recipe:
+    """The layers for one stage that optimizes a radiance field."""
+    found = Recipe()
+    kind = "camera" if prior.kind == "pixel" and "camera" in prior.conditions else prior.kind
+    found.add(f"recipe {kind}", KINDS[kind])
+    own: dict[str, Any] = {"size": min(prior.image_size, 64)}
+    if prior.view_words is not None:
+        own["view_words"] = prior.view_words
+    own |= {f"cameras.{name}": tuple(bounds) for name, bounds in (prior.camera_distribution or {}).items()}
+    own["background"] = "solid" if "background" in prior.conditions else "network"
+    found.add("the prior", own)
+    weighting = {**found.settings(), **prior.wishes}.get("guidance.weighting")
+    if weighting == "sample":
+        found.add("weighting sample", SMALL_GRADIENT)
+    found.add("the prior's wishes", dict(prior.wishes))
+    return found

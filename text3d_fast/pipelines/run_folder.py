@@ -1,30 +1,35 @@
-"""The folder of a run: configuration, checkpoints, previews; and what Ctrl-C does."""
+"""The folder of a run: configuration, checkpoints, previews."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
 
 from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.files import atomic_path, write_text
+from text3d_fast.images import write_png
 from text3d_fast.pipelines.checkpoint import load_state, save_state
-from text3d_fast.pipelines.config import DreamFusionConfig
-from text3d_fast.pipelines.training import Training
+from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.pipelines.stage import Stage
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
+Config = TypeVar("Config", bound=RunConfig)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came; `step` steps are done, and saved in `folder` if there is one."""
+@dataclass
+class Checkpoint:
+    """Where a stage was: its name, steps done, seconds spent, and `Stage.tensors`."""
 
-    def __init__(self, step: int, folder: RunFolder | None):
-        super().__init__(f"interrupted after step {step}")
-        self.step, self.folder = step, folder
+    stage: str
+    step: int
+    seconds: float
+    tensors: dict[str, Tensor]
 
 
 class RunFolder:
@@ -36,7 +41,7 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def open(self, config: DreamFusionConfig, resume: bool, any_steps: bool = False) -> DreamFusionConfig:
+    def open(self, config: Config, resume: bool, any_steps: bool = False) -> Config:
         """Make the folder, or check the one to resume; returns the configuration of the run.
 
         any_steps: the number of steps was not asked for, so the saved one holds.
@@ -44,7 +49,7 @@ class RunFolder:
         Raises OutputError if the folder holds another run, is missing (resume), or cannot be written.
         """
         if resume:
-            config = self._saved_config(config, any_steps)
+            config = self._continued(config, any_steps)
         else:
             there = [name for name in PRODUCTS if (self / name).exists()]
             if there:
@@ -60,20 +65,27 @@ class RunFolder:
         (self / ".probe").unlink()
         return config
 
-    def _saved_config(self, asked: DreamFusionConfig, any_steps: bool) -> DreamFusionConfig:
+    def _continued(self, asked: Config, any_steps: bool) -> Config:
         if not (self / CHECKPOINT).is_file():
             raise CheckpointError(f"nothing to resume: there is no {self / CHECKPOINT}")
-        try:
-            saved = DreamFusionConfig.load(self / CONFIG)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self / CONFIG}: {error.strerror or error}") from error
-        for name in ("prompt", "model", "seed", *(() if any_steps else ("steps",))):
-            if getattr(saved, name) != getattr(asked, name):
+        saved = self.saved_config(type(asked))
+        pairs = {name: (getattr(saved, name), getattr(asked, name)) for name in ("pipeline", "prompt", "model", "seed")}
+        if not any_steps:
+            pairs["steps"] = saved.total_steps(), asked.total_steps()
+        for name, (there, wanted) in pairs.items():
+            if there != wanted:
                 raise CheckpointError(
-                    f"{self.path} holds a run with {name} = {getattr(saved, name)!r}, not {getattr(asked, name)!r}; "
+                    f"{self.path} holds a run with {name} = {there!r}, not {wanted!r}; "
                     f"resume it with its own settings, or choose another folder with --out"
                 )
         return saved
+
+    def saved_config(self, kind: type[Config]) -> Config:
+        """The configuration of the run in this folder."""
+        try:
+            return kind.load(self / CONFIG)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self / CONFIG}: {error.strerror or error}") from error
 
     def discard(self) -> None:
         """Remove what `open` made, if nothing came of it."""
@@ -83,50 +95,36 @@ class RunFolder:
                 (self / PREVIEW).unlink(missing_ok=True)
                 self.path.rmdir()
 
-    def restore(self, training: Training) -> None:
-        tensors, about = load_state(self / CHECKPOINT)
-        if not isinstance(about.get("step"), int):
-            raise CheckpointError(f"{self / CHECKPOINT} is damaged (no step); delete it and start again")
-        training.restore(tensors, about["step"], float(about.get("seconds", 0.0)))
+    def checkpoint(self, stages: Sequence[str]) -> Checkpoint:
+        """The checkpoint of a run of these stages. CheckpointError if there is none, or it is of none of them."""
+        return self._read(self / CHECKPOINT, stages)
 
-    def save(self, training: Training) -> None:
-        about = {"step": training.step, "seconds": training.seconds, "prompt": training.config.prompt}
-        save_state(self / CHECKPOINT, training.tensors(), about)
+    def restore_finished(self, stage: Stage) -> None:
+        """Load a finished stage, from its own file or the checkpoint that it ended with."""
+        own = self / f"{stage.name}.safetensors"
+        found = self._read(own if own.is_file() else self / CHECKPOINT, [stage.name])
+        stage.restore(found.tensors, found.step, found.seconds)
 
-    def after_step(self, training: Training, force: bool = False) -> None:
+    def keep_finished(self, stage: Stage) -> None:
+        """Save a finished stage beside the checkpoint, which the next stage takes over."""
+        self._write(self / f"{stage.name}.safetensors", stage)
+
+    def after_step(self, stage: Stage, force: bool = False) -> None:
         """Checkpoint and preview when due, at the end, or by force."""
-        config, step = training.config, training.step
-        if force or step % config.checkpoint_every == 0 or step == config.steps:
-            self.save(training)
-        if step % config.preview_every == 0 and step < config.steps:
-            from text3d_fast.images import write_png
-            from text3d_fast.pipelines.pictures import preview
+        run, step = stage.run, stage.step_done
+        if force or step % run.checkpoint_every == 0 or step == stage.config.steps:
+            self._write(self / CHECKPOINT, stage)
+        if step % run.preview_every == 0 and step < stage.config.steps:
+            write_png(self / PREVIEW, stage.preview())
 
-            write_png(self / PREVIEW, preview(training))
+    def _write(self, path: Path, stage: Stage) -> None:
+        about = {"stage": stage.name, "step": stage.step_done, "seconds": stage.seconds, "prompt": stage.run.prompt}
+        save_state(path, stage.tensors(), about)
 
-
-@dataclass
-class _Interrupt:
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def catch_interrupt() -> Iterator[_Interrupt]:
-    """Turns the first Ctrl-C into a request, so that a step is never cut in half; the second one acts at once."""
-    interrupt = _Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-
-    def request(number, frame) -> None:
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        interrupt.requested = True
-
-    previous = signal.signal(signal.SIGINT, request)
-    try:
-        yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
+    def _read(self, path: Path, stages: Sequence[str]) -> Checkpoint:
+        tensors, about = load_state(path)
+        if not isinstance(about.get("step"), int) or not isinstance(about.get("stage"), str):
+            raise CheckpointError(f"{path} is damaged (no stage or step); delete it and start again")
+        if about["stage"] not in stages:
+            raise CheckpointError(f"{path} is of the stage {about['stage']}, expected {' or '.join(stages)}")
+        return Checkpoint(about["stage"], about["step"], float(about.get("seconds", 0.0)), tensors)

@@ -16,13 +16,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.schedule import NoiseSchedule
 from text3d_fast.toybox.bank import Bank, angles_between, caption_bank, empty_bank, even_cameras
-from text3d_fast.toybox.captions import caption, parse, view_word
+from text3d_fast.toybox.captions import canonical_prompt, caption, parse, view_word
+
+# The lights that Toybox pictures are rendered with, in the names of a pipeline's settings
+LIGHTS = {
+    "lights.spread": 0.6, "lights.lift": 0.5, "lights.distance": (1.0, 1.9),
+    "lights.diffuse": (0.5, 0.7), "lights.ambient": (0.3, 0.55),
+    "shading.lit": 1.0, "shading.textureless": 0.0,
+}
 
 
-class AnalyticPrior:
+def load(device: torch.device) -> AnalyticPrior:
+    """For the registry; the prior's tensors follow those it is given."""
+    return AnalyticPrior()
+
+
+class AnalyticPrior(Prior):
     """An image prior over Toybox captions, behind the interface of `guidance.Prior`.
 
     members          members of the caption's class family in its bank; the middle of the family first
@@ -36,6 +48,7 @@ class AnalyticPrior:
     Texts are parsed (synonyms are fine); unknown words raise `captions.PromptError`.
     """
 
+    name, kind = "analytic", "exact"
     view_words = "left_right"
     conditions = ("camera", "background", "window")
     camera_distribution = {
@@ -44,6 +57,8 @@ class AnalyticPrior:
         "distance": (2.5, 3.0),
         "fov_y": (40.0, 40.0),
     }
+    # the exact denoiser leaves no fog, and is steady enough for a strong orientation penalty
+    wishes = LIGHTS | {"penalties.orientation": (0.1, 0.1), "penalties.opacity": (1e-3, 1e-3)}
 
     def __init__(
         self,
@@ -105,6 +120,9 @@ class AnalyticPrior:
                 else empty_bank(size=size, progress=progress)
             )
         return self._banks[plain]
+
+    def canonical(self, prompt: str) -> str:
+        return canonical_prompt(prompt)
 
     def known_cameras(self, text: str) -> Tensor:
         """[N, 3] elevation, azimuth (radians) and distance of the bank's renders: from there the prior is exact."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from dataclasses import replace
 
 import torch
 
@@ -150,6 +151,13 @@ def parse(prompt: str) -> Description:
 def canonical(prompt: str) -> str:
     """A prompt in the words the priors know; "" (no condition) stays ""."""
     return caption(parse(prompt)) if prompt.strip() else ""
+
+
+def canonical_prompt(prompt: str) -> str:
+    """A prompt for a whole object in the words the priors know: `canonical` without a view. "" is refused."""
+    if not prompt.strip():
+        raise PromptError("prompt: expected some words, got an empty text")
+    return caption(replace(parse(prompt), view=None))
 
 
 def view_word(elevation: float, azimuth: float) -> str:

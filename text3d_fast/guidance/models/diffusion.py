@@ -7,6 +7,7 @@ are read from its own files (and `text3d.json`, see model_settings.py), never as
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from text3d_fast.errors import ModelError
-from text3d_fast.guidance.models.folder import (
-    MEAN_IMAGE,
-    REFINER,
-    ModelFolder,
-    brief,
-    latent_scale,
-    open_model,
-    vae_factor,
+from text3d_fast.guidance.models.folder import ModelFolder, latent_scale, open_model, vae_factor
+from text3d_fast.guidance.models.loading import (
+    load_component,
+    load_schedule,
+    load_text_encoder,
+    load_tiny_autoencoder,
+    network_and_prior,
 )
 from text3d_fast.guidance.models.settings import condition_vector
 from text3d_fast.guidance.models.single_file import load_single_file, load_single_file_text
-from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.schedule import NoiseSchedule
 from text3d_fast.guidance.text import TextEmbeddings
 
 
-class DiffusionPrior:
+class DiffusionPrior(Prior):
     """See the module's docstring. Build one with `DiffusionPrior.from_pretrained`."""
 
     def __init__(
@@ -43,15 +43,11 @@ class DiffusionPrior:
         texts: TextEmbeddings,
         device: torch.device,
         dtype: torch.dtype,
-        mean_image: Any | None = None,
-        refiner: Any | None = None,
     ):
         self.folder = folder
         self.settings = folder.settings
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae if vae is None else vae.eval().requires_grad_(False)
-        self.mean_image = mean_image if mean_image is None else mean_image.eval().requires_grad_(False)
-        self.refiner = refiner if refiner is None else refiner.eval().requires_grad_(False)
         self.schedule = schedule
         self.texts = texts
         self.device = device
@@ -59,7 +55,12 @@ class DiffusionPrior:
         self.prediction_type = folder.prediction_type
         self.image_size = folder.image_size
         self.channels = folder.channels
+        self.name = folder.source
+        self.kind = "pixel" if vae is None else "latent"
+        self.conditions = tuple(folder.settings.conditions)
+        self.view_words = folder.settings.view_words
         self.camera_distribution = folder.settings.cameras
+        self.wishes = folder.settings.recipe
         self._latent_scale = (1.0, 0.0) if vae is None else latent_scale(dict(vae.config))
         self._factor = folder.settings.pixel_unshuffle if vae is None else vae_factor(dict(vae.config))
 
@@ -99,13 +100,14 @@ class DiffusionPrior:
         else:
             import diffusers  # after open_model: a wrong path is answered without the seconds this takes
 
-            unet = load_component("unet", diffusers.UNet2DConditionModel, folder, dtype)
+            network, cls = network_and_prior(folder)
+            unet = load_component("unet", network, folder, dtype)
             vae = None
             if folder.vae is not None and tiny_autoencoder is None:
                 vae = load_component("vae", getattr(diffusers, folder.vae["_class_name"]), folder, dtype)
             load_text = load_text_encoder
         if tiny_autoencoder is not None:
-            vae = _load_tiny_autoencoder(tiny_autoencoder, folder, dtype)
+            vae = load_tiny_autoencoder(tiny_autoencoder, folder, dtype)
         if vae is not None:
             vae = vae.to(device)
             if not decoder:
@@ -115,18 +117,9 @@ class DiffusionPrior:
             unet = unet.to(memory_format=torch.channels_last)
             vae = vae if vae is None else vae.to(memory_format=torch.channels_last)
         texts = TextEmbeddings(lambda: load_text(folder, device, dtype), device, dtype)
-        mean_image = refiner = None
-        if folder.has_mean_image:
-            from text3d_fast.toybox.learned.mean_image import MeanImage
+        return cls(folder, unet, vae, load_schedule(folder), texts, device, dtype)
 
-            mean_image = load_component(MEAN_IMAGE, MeanImage, folder, dtype).to(device)
-        if folder.has_refiner:
-            from text3d_fast.toybox.learned.refiner import Refiner
-
-            refiner = load_component(REFINER, Refiner, folder, dtype).to(device)
-        return cls(folder, unet, vae, _schedule(folder), texts, device, dtype, mean_image, refiner)
-
-    def prepare(self, texts: list[str]) -> None:
+    def prepare(self, texts: Sequence[str]) -> None:
         """Embed these prompts (and the empty one) now, and free the text encoder."""
         self.texts.prepare(["", *texts])
         gc.collect()
@@ -178,22 +171,14 @@ class DiffusionPrior:
         if self.settings.conditions:
             labels = condition_vector(conditions, self.settings.conditions, self.settings.reference_distance)
             labels = labels.to(self.device, self.dtype)
-        text, seen, step = self.texts(conditions.texts), x_t.to(self.dtype), self.schedule.timestep(t)
-        if self.mean_image is not None:
-            mean, details = self.mean_image.over(text, labels, conditions.background)
-            seen = torch.cat([seen, mean], 1)
         prediction = self.unet(
-            seen,
-            step,
-            encoder_hidden_states=text,
+            x_t.to(self.dtype),
+            self.schedule.timestep(t),
+            encoder_hidden_states=self.texts(conditions.texts),
             class_labels=labels,
             return_dict=False,
         )[0]
-        prediction = prediction[:, : self.channels].float()  # a learned variance, if any, comes after
-        if self.refiner is None:
-            return prediction
-        alpha = self.schedule.alpha(self.schedule.snap(t))
-        return self.refiner(x_t, prediction, mean, details, step, alpha, text, labels)
+        return prediction[:, : self.channels].float()  # a learned variance, if any, comes after
 
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """See Prior. The conversion to eps is made in fp32."""
@@ -201,7 +186,7 @@ class DiffusionPrior:
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints, with what is resident now."""
-        parts = {"unet": self.unet, "vae": self.vae, MEAN_IMAGE: self.mean_image, REFINER: self.refiner}
+        parts = {"unet": self.unet, "vae": self.vae}
         resident = {
             name: sum(p.numel() * p.element_size() for p in part.parameters())
             for name, part in parts.items()
@@ -245,94 +230,3 @@ class _Restore(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gradient = gradient.float() / ctx.box["scale"]
         return torch.where(gradient.isfinite(), gradient, 0.0), None
-
-
-def _schedule(folder: ModelFolder) -> NoiseSchedule:
-    from diffusers import DDPMScheduler
-
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-             "rescale_betas_zero_snr")
-    try:
-        given = {key: folder.scheduler[key] for key in known if folder.scheduler.get(key) is not None}
-        scheduler = DDPMScheduler(**given)
-    except (NotImplementedError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder.source}: scheduler_config.json: {error}") from error
-    return NoiseSchedule.from_scheduler(scheduler)
-
-
-def load_component(name: str, kind: Any, folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """A model of class `kind` from a folder, with every weight present; ModelError otherwise."""
-    folder.parameters(name)  # a broken file is named before diffusers meets it
-    try:
-        model, info = kind.from_pretrained(
-            folder.path,
-            subfolder=name,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            variant=folder.variant(name, dtype != torch.float32),
-            output_loading_info=True,
-            low_cpu_mem_usage=False,
-            local_files_only=True,
-        )
-    except ModelError:
-        raise
-    except Exception as error:  # diffusers and safetensors raise a dozen kinds
-        raise ModelError(f"{folder.source}: {name} cannot be loaded ({brief(error)})") from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["error_msgs"]]
-    if wrong:
-        raise ModelError(
-            f"{folder.source}: {name} does not fit its configuration, e.g. {wrong[0]} ({len(wrong)} in all)"
-        )
-    return model
-
-
-def load_text_encoder(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(tokenizer, text encoder) of a folder."""
-    import transformers
-
-    folder.parameters("text_encoder")
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # it would tear the caller's own
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path / "tokenizer", local_files_only=True)
-        encoder, info = getattr(transformers, folder.text_encoder["architectures"][0]).from_pretrained(
-            folder.path / "text_encoder",
-            use_safetensors=True,
-            variant=folder.variant("text_encoder", dtype != torch.float32),
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{folder.source}: text encoder or tokenizer cannot be loaded ({brief(error)})"
-        ) from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-    if missing:
-        raise ModelError(
-            f"{folder.source}: text_encoder does not fit its configuration, {sorted(missing)[0]} is missing"
-        )
-    return tokenizer, encoder.to(device, dtype).eval().requires_grad_(False)
-
-
-def _load_tiny_autoencoder(source: str | Path, folder: ModelFolder, dtype: torch.dtype) -> Any:
-    import diffusers
-
-    if folder.vae is None:
-        raise ModelError(f"tiny_autoencoder: {folder.source} works on pixels and has no autoencoder to replace")
-    try:
-        vae = diffusers.AutoencoderTiny.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False)
-    except Exception as error:
-        raise ModelError(f"tiny_autoencoder: {source} cannot be loaded ({brief(error)})") from error
-    made = (vae.config.latent_channels, vae_factor(dict(vae.config)))
-    taken = (folder.unet["in_channels"], folder.latent_factor)
-    if made != taken:
-        raise ModelError(
-            f"tiny_autoencoder: {source} makes {made[0]} channels at 1/{made[1]} of the size, "
-            f"the model takes {taken[0]} at 1/{taken[1]}"
-        )
-    return vae

@@ -20,8 +20,14 @@ from text3d_fast.guidance.models.settings import FILE_NAME, ModelSettings, condi
 from text3d_fast.guidance.schedule import PREDICTION_TYPES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MEAN_IMAGE, REFINER = "mean_image", "refiner"
-_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae", MEAN_IMAGE, REFINER)
+_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
+# What a folder's unet/ may be, by the class name in its configuration: the network and its prior, as module:class
+NETWORKS = {
+    "UNet2DConditionModel": ("diffusers:UNet2DConditionModel", "text3d_fast.guidance.models.diffusion:DiffusionPrior"),
+    "ToyboxDenoiser": (
+        "text3d_fast.toybox.learned.denoiser:ToyboxDenoiser", "text3d_fast.toybox.learned.prior:ToyboxPrior",
+    ),
+}
 SUPPORTED = (
     "Supported: Stable-Diffusion-class models (one U-Net conditioned on one CLIP or T5 text encoder, with a VAE or on "
     "pixels, DDPM noise schedule)."
@@ -53,19 +59,9 @@ class ModelFolder:
         return self.scheduler.get("prediction_type", "epsilon")
 
     @property
-    def has_mean_image(self) -> bool:
-        """Whether its U-Net is shown the mean image of the conditions (see mean_image.py) beside the noisy one."""
-        return (self.path / MEAN_IMAGE).is_dir()
-
-    @property
-    def has_refiner(self) -> bool:
-        """Whether a second network (see refiner.py) goes over the clean image that its U-Net predicts."""
-        return (self.path / REFINER).is_dir()
-
-    @property
     def channels(self) -> int:
         """Channels of x."""
-        return self.unet["in_channels"] // (2 if self.has_mean_image else 1)
+        return self.unet["in_channels"]
 
     @property
     def latent_factor(self) -> int:
@@ -105,8 +101,6 @@ class ModelFolder:
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints. memory: bytes of the weights in fp16 and fp32, without activations."""
         components = ["unet", "text_encoder"] + (["vae"] if self.vae is not None else [])
-        components += [MEAN_IMAGE] if self.has_mean_image else []
-        components += [REFINER] if self.has_refiner else []
         counts = {name: self.parameters(name) for name in components}
         resident = sum(count for name, count in counts.items() if name != "text_encoder")
         size = self.image_size // self.latent_factor
@@ -221,7 +215,7 @@ def _weights(files: list[str], dtype: torch.dtype | None) -> list[str]:
     wanted: list[str] = []
     if dtype is None:
         return wanted
-    for part in ("unet", "text_encoder", "vae", MEAN_IMAGE):
+    for part in ("unet", "text_encoder", "vae"):
         names = [f for f in files if f.startswith(part + "/") and f.endswith(".safetensors") and "non_ema" not in f]
         half = [name for name in names if ".fp16." in name]
         full = [name for name in names if ".fp16." not in name]
@@ -278,7 +272,7 @@ def _refuse_unsupported(folder: ModelFolder) -> None:
     def refuse(reason: str) -> None:
         raise ModelError(f"{source}: {reason}. {SUPPORTED}")
 
-    if unet.get("_class_name") != "UNet2DConditionModel":
+    if unet.get("_class_name") not in NETWORKS:
         refuse(f"its unet is a {unet.get('_class_name')}, not a UNet2DConditionModel")
     if unet.get("addition_embed_type") not in (None, "text"):
         refuse(f"its U-Net needs extra inputs ({unet['addition_embed_type']}, as SDXL and Kandinsky do)")
@@ -307,11 +301,7 @@ def _refuse_unsupported(folder: ModelFolder) -> None:
         if settings.pixel_unshuffle != 1:
             refuse("pixel_unshuffle together with a VAE")
         channels, name = vae.get("latent_channels", 4), "latents"
-    if folder.has_mean_image and (vae is not None or settings.conditions != ["camera", "background"]):
-        refuse(f"{MEAN_IMAGE}/ needs a model on pixels that is given camera and background")
-    if folder.has_refiner and not (folder.has_mean_image and folder.prediction_type == "sample"):
-        refuse(f"{REFINER}/ needs a model with {MEAN_IMAGE}/ that predicts the clean image (prediction_type sample)")
-    if unet.get("in_channels", 4) != (2 * channels if folder.has_mean_image else channels):
+    if unet.get("in_channels", 4) != channels:
         refuse(f"its U-Net takes {unet.get('in_channels')} channels where {name} have {channels} (an inpainting, "
                f"upscaling or image-to-image model?)")
     if unet.get("out_channels", 4) not in (channels, 2 * channels):

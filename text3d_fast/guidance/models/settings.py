@@ -11,7 +11,7 @@ take the camera and the background colour, and name its licence, its cameras and
       "reference_distance": 2.75,       the camera distance that the vector calls zero
       "cameras": {"elevation": [-10, 60], "azimuth": [0, 360], "distance": [2.5, 3.0], "fov_y": [40, 40]},  degrees
       "view_words": "left_right",       a name in prompts.WORDINGS
-      "recipe": {"guidance_weight": 5.0, "steps": 1000},   fields of recipes.Recipe to replace
+      "recipe": {"guidance.weight": 5.0, "steps": 1000},   settings that suit it, dotted as in config.yaml
       "licence": "CC0-1.0",
       "name": "toybox"
     }

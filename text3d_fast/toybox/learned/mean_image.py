@@ -135,11 +135,12 @@ class MeanImage(ModelMixin, ConfigMixin):
         pixels = self.config.pixel_unshuffle**2
         return drawn.split([3 * pixels, pixels], 1)
 
-    def over(self, text: Tensor, vector: Tensor, background: Tensor | None) -> tuple[Tensor, Tensor]:
+    def over(self, text: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         """The mean image with its details, and the details alone; both [B, 3 u^2, size, size] in -1..1.
 
-        background [B, 3] in 0..1 is put behind both (NaN or None: mid-grey). Without details the second is zero.
+        The vector's background is put behind both (dropped: mid-grey). Without details the second is zero.
         """
+        background = vector[:, -3:]  # 2 rgb - 1, zero where it is dropped
         drawn = _composite(*self(text, vector), background)
         if self.details is None:
             return drawn, torch.zeros_like(drawn)
@@ -148,9 +149,6 @@ class MeanImage(ModelMixin, ConfigMixin):
         return drawn + details, details
 
 
-def _composite(own: Tensor, clear: Tensor, background: Tensor | None) -> Tensor:
-    if background is None:
-        return own
-    color = (2 * background.to(own) - 1).nan_to_num(0.0)
+def _composite(own: Tensor, clear: Tensor, color: Tensor) -> Tensor:
     # unshuffled channels go through the pixels of a cell within each colour
     return own + (color[:, :, None, None, None] * clear[:, None]).flatten(1, 2)

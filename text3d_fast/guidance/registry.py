@@ -1,0 +1,43 @@
+"""Priors by name: what `--model` takes. The embedded ones stand here as text and are imported when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from text3d_fast.guidance.models.diffusion import DiffusionPrior
+from text3d_fast.guidance.prior import Prior
+
+DEFAULT = "toybox"
+Load = Callable[[torch.device], Prior]
+_REGISTERED: dict[str, str | Load] = {
+    "toybox": "text3d_fast.toybox.learned:load",
+    "analytic": "text3d_fast.toybox.analytic:load",
+}
+
+
+def register_prior(name: str, load: Load) -> None:
+    """Make a prior known under a name: load(device) -> Prior."""
+    _REGISTERED[name] = load
+
+
+def registered_priors() -> list[str]:
+    """The names, the default first."""
+    return sorted(_REGISTERED, key=lambda name: (name != DEFAULT, name))
+
+
+def load_prior(model: str | None = None, device: torch.device | str = "cpu") -> Prior:
+    """The prior of a registered name (None: "toybox"), a folder, .safetensors file or hub id; it bears that name."""
+    model, device = model or DEFAULT, torch.device(device)
+    load = _REGISTERED.get(model)
+    if load is None:
+        prior: Prior = DiffusionPrior.from_pretrained(model, device=device)
+    else:
+        if isinstance(load, str):
+            module, _, attribute = load.partition(":")
+            load = getattr(import_module(module), attribute)
+        prior = load(device)
+    prior.name = model
+    return prior

@@ -1,0 +1,144 @@
+"""What the pipelines have in common: from a prompt and a prior to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from text3d_fast.guidance import Prior, load_prior
+from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.pipelines.recipes import recipe
+from text3d_fast.pipelines.results import Result, finish
+from text3d_fast.pipelines.run_folder import RunFolder
+from text3d_fast.pipelines.stage import Stage
+from text3d_fast.pipelines.trainer import Callback, Trainer
+
+
+class Pipeline:
+    """Text to meshes by one stage or several. A pipeline says which settings it has and which stages.
+
+    model     None or "toybox": the learned prior of the Toybox world; "analytic": its exact one; or a folder,
+              a .safetensors file or a hub id of a Stable-Diffusion-class model
+    device    "auto", "cpu" or "cuda"
+    prior     an own `guidance.Prior` instead of a model
+    config    all settings; by default those that suit the prior. `settings` replaces some of them, by dotted path:
+              DreamFusion("analytic", settings={"guidance.weight": 7.5, "field.levels": 12})
+    """
+
+    config_type: ClassVar[type[RunConfig]]
+    stages: ClassVar[Sequence[type[Stage]]]
+
+    def __init__(
+        self,
+        model: str | None = None,
+        device: str = "auto",
+        config: RunConfig | None = None,
+        prior: Prior | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.device = choose_device(device)
+        self.prior = load_prior(model, self.device) if prior is None else prior
+        self.model = model or self.prior.name
+        config = config or self.default_config()
+        self.config = config.updated(settings or {})
+
+    def default_config(self) -> RunConfig:
+        """The settings that suit the prior; see recipes."""
+        return self.config_type(model=self.model).updated(recipe(self.prior, self.config_type).settings())
+
+    def stage_prior(self, stage: type[Stage]) -> Prior:
+        """The prior that guides a stage."""
+        return self.prior
+
+    def run(
+        self,
+        prompt: str,
+        steps: int | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        callback: Callback | None = None,
+        resume: bool = False,
+        stage: str | None = None,
+        start: str | Path | None = None,
+    ) -> Result:
+        """Optimize a scene for the prompt and extract its mesh.
+
+        steps     in all, divided among the stages as the defaults are
+        out       a folder for mesh.glb, pictures, result.json, config.yaml and checkpoint.safetensors; None: no files
+        callback  called after each step with its number (from 1) and a StepState
+        resume    continue from out's checkpoint, with its configuration; the result is that of an unbroken run
+        stage     only this one of the stages
+        start     the folder of a run that finished the stage before, to begin after it
+
+        Raises ValueError for prompts the prior has no words for, OutputError for files that cannot be written or
+        read, Interrupted after Ctrl-C (everything is saved by then).
+        """
+        config = self.config.updated({
+            "prompt": self.prior.canonical(prompt), "model": self.model, "seed": seed,
+            "threads": torch.get_num_threads(),
+        })
+        if steps is not None:
+            config = config.with_steps(steps)
+        before, chosen = self._chosen(stage, start)
+        folder = None if out is None else RunFolder(out)
+        if folder is not None:
+            config = folder.open(config, resume, any_steps=steps is None)
+        try:
+            finished = self._finished(before, start) if before else None
+            makers = [(kind.name, partial(self._make, config, kind)) for kind in chosen]
+            last = Trainer(makers, folder, callback).run(resume, finished)
+            return finish(last, folder, self.about())
+        except BaseException:
+            if folder is not None:
+                folder.discard()  # nothing half-written: unless a checkpoint was made, the folder is as before
+            raise
+
+    def about(self) -> dict[str, Any]:
+        """What result.json says beyond what every run has."""
+        return {}
+
+    def _finished(self, stages: Sequence[type[Stage]], start: str | Path) -> Stage:
+        """The last of these stages as the run in `start` left it; each needs the one before it to be built."""
+        folder = RunFolder(start)
+        config, stage = folder.saved_config(self.config_type), None
+        for kind in stages:
+            stage = self._make(config, kind, stage)
+            folder.restore_finished(stage)
+        return stage
+
+    def _make(self, config: RunConfig, kind: type[Stage], previous: Stage | None) -> Stage:
+        index = list(self.stages).index(kind)
+        return kind(config.stage(kind.name), config, self.stage_prior(kind), self.device, previous, index)
+
+    def _chosen(
+        self, stage: str | None, start: str | Path | None
+    ) -> tuple[Sequence[type[Stage]], Sequence[type[Stage]]]:
+        """The stages that `start` has finished, and those to run."""
+        names = [kind.name for kind in self.stages]
+        if stage is not None and stage not in names:
+            raise ValueError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
+        first = names.index(stage) if stage is not None else 0 if start is None else 1
+        if first > 0 and start is None:
+            raise ValueError(f"start: the stage {stage} begins with a finished {names[first - 1]}; name its folder")
+        if start is not None and first == 0:
+            raise ValueError(f"start: the stage {names[0]} is the first one and begins with nothing")
+        return self.stages[:first], self.stages[first : first + 1] if stage is not None else self.stages[first:]
+
+
+def choose_device(device: str) -> torch.device:
+    """"auto" is CUDA when there is a usable one. ValueError for anything unknown or absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA device here; use --device cpu")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    return chosen

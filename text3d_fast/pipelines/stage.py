@@ -1,0 +1,114 @@
+"""What every stage of every pipeline has in common: state that is saved and restored exactly, one step at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from text3d_fast.errors import CheckpointError
+from text3d_fast.geometry import Mesh
+from text3d_fast.guidance import Prior
+from text3d_fast.pipelines.checkpoint import optimizer_tensors, restore_optimizer
+from text3d_fast.pipelines.config import RunConfig
+
+
+@dataclass
+class StepState:
+    """What a callback is shown after each step; tensors stay on the device.
+
+    stage       the stage, with its scene, optimizers and configuration
+    rendering   the step's pictures
+    loss        distillation and penalties; gradient_norm  root mean square of the distillation gradient
+    rate        steps a second, over the last 50
+    """
+
+    stage: Stage
+    rendering: Any
+    loss: Tensor
+    gradient_norm: Tensor
+    rate: float = 0.0
+
+
+@dataclass
+class Extraction:
+    """A finished asset: its cleaned, coloured mesh, figures about it, and warnings in words."""
+
+    mesh: Mesh
+    figures: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+class Stage(ABC):
+    """One optimization. A pipeline is a list of them, each built from the finished one before it.
+
+    config     the stage's own settings; `run` those of the whole run
+    step_done  steps done; seconds  spent on them
+    generator  the one source of random numbers, on the CPU, so that a GPU run draws the same cameras; `index` (the
+               place in the pipeline) keeps those of the stages apart
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, config: Any, run: RunConfig, prior: Prior, device: torch.device | str = "cpu",
+        previous: Stage | None = None, index: int = 0,
+    ):
+        self.config, self.run, self.prior, self.device = config, run, prior, torch.device(device)
+        self.step_done, self.seconds = 0, 0.0
+        self.generator = torch.Generator().manual_seed(run.seed + 1000 * index)
+        self.build(previous)
+
+    @abstractmethod
+    def build(self, previous: Stage | None) -> None:
+        """Make everything that is optimized, and its optimizers."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """What is saved, by name."""
+
+    @abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Whose moments are saved, by name; learning rates are set anew each step."""
+
+    @abstractmethod
+    def step(self) -> StepState:
+        """One step of the optimization; the caller counts."""
+
+    @abstractmethod
+    def preview(self) -> Tensor:
+        """[H, W, 3] in 0..1, a picture of the scene as it is."""
+
+    @abstractmethod
+    def extract(self) -> list[Extraction]:
+        """The finished assets, one for each particle; an empty mesh where there is no surface."""
+
+    @property
+    def progress(self) -> float:
+        """Of this stage, in [0, 1]."""
+        return self.step_done / self.config.steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state, to be restored exactly."""
+        state = {f"{name}/{key}": value for name, module in self.modules().items()
+                 for key, value in module.state_dict().items()}
+        for name, optimizer in self.optimizers().items():
+            state |= optimizer_tensors(optimizer, name)
+        return state | {"generator": self.generator.get_state()}
+
+    def restore(self, tensors: dict[str, Tensor], step: int, seconds: float = 0.0) -> None:
+        """The inverse of `tensors`. Raises CheckpointError if they are of another configuration."""
+        try:
+            for name, module in self.modules().items():
+                prefix = name + "/"
+                part = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+                module.load_state_dict(part)
+            for name, optimizer in self.optimizers().items():
+                restore_optimizer(optimizer, tensors, name)
+            self.generator.set_state(tensors["generator"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint does not fit its configuration: {error}") from error
+        self.step_done, self.seconds = step, seconds

@@ -1,0 +1,178 @@
+"""The stage that most of text to 3D starts with: a radiance field whose pictures please an image prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from text3d_fast import ops
+from text3d_fast.guidance import Conditions, ScoreDistillation, TimeRange
+from text3d_fast.guidance.prompts import ViewPrompts
+from text3d_fast.guidance.sds import Distillation
+from text3d_fast.nn import OccupancyGrid
+from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, VolumeConfig
+from text3d_fast.pipelines.pictures import volume_views
+from text3d_fast.pipelines.stage import Extraction, Stage, StepState
+from text3d_fast.pipelines.surface import volume_surface
+from text3d_fast.scene.background import BackgroundNetwork, random_background
+from text3d_fast.scene.cameras import Cameras
+from text3d_fast.scene.field import Blob, RadianceField, levels_at
+from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, thickness_loss
+from text3d_fast.scene.volume_renderer import Rendering, VolumeRenderer
+
+
+class VolumeStage(Stage):
+    """A field, its background and its occupancy grid, rendered from random cameras and moved by score distillation.
+
+    Further pipelines change one of its parts: `sample_cameras`, `distillation`, `penalties`.
+    """
+
+    config: VolumeConfig
+
+    def build(self, previous: Stage | None) -> None:
+        config = self.config
+        self.field = make_field(config.field, self.generator).to(self.device)
+        self.background: BackgroundNetwork | None = None
+        if config.background == "network":
+            self.background = BackgroundNetwork(generator=self.generator).to(self.device)
+        occupancy = OccupancyGrid([-1, -1, -1, 1, 1, 1], config.sampling.occupancy).to(self.device)
+        self.renderer = VolumeRenderer(occupancy, config.sampling.step, config.sampling.radius)
+        rates = config.optimizer
+        groups: list[tuple[nn.Module, float]] = [
+            (self.field.grid, rates.grid), (self.field.hidden, rates.network), (self.field.output, rates.network)
+        ]
+        if self.background is not None:
+            groups.append((self.background, rates.background))
+        self._rates = [rate for _, rate in groups]
+        self.optimizer = torch.optim.Adam([{"params": list(module.parameters())} for module, _ in groups],
+                                          lr=0.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
+        self.views = ViewPrompts(config.view_words, front=config.view_sectors[0], back=config.view_sectors[1])
+        self.distill = self.distillation()
+        self.prior.prepare([*self.views.all(self.run.prompt), config.guidance.negative_prompt])
+
+    def modules(self) -> dict[str, nn.Module]:
+        named = {"field": self.field, "occupancy": self.renderer.occupancy}
+        return named if self.background is None else named | {"background": self.background}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"optimizer": self.optimizer}
+
+    def step(self) -> StepState:
+        """One step of DreamFusion's section 3."""
+        config, generator = self.config, self.generator
+        self._prepare_step()
+
+        # 1. a random camera, light and background
+        cameras = self.sample_cameras()
+        lights = config.lights.sample(cameras, generator)
+        mode = config.shading.sample(self.progress, generator)
+        color = random_background(config.batch, generator, self.device)
+        background = color if self.background is None else self.background(cameras.rays()[1])
+
+        # 2. a picture
+        normals = config.field.normals if self.penalty("orientation") > 0 or mode != "albedo" else None
+        rendering = self.renderer(self.field, cameras, background, lights, mode, normals, generator)
+
+        # 3. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and
+        # a seed means the same everywhere
+        distilled = self.guide(rendering, cameras, color if self.background is None else None)
+        loss = distilled.loss + self.penalties(rendering)
+
+        # 4. a step of Adam
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return StepState(self, rendering, loss.detach(), distilled.gradient_norm)
+
+    def _prepare_step(self) -> None:
+        """What depends on the step alone: learning rates, hash-grid levels, the occupancy grid."""
+        config, progress = self.config, self.progress
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = config.optimizer.rate(rate, self.step_done, config.steps)
+        chosen, sampling = config.field, config.sampling
+        self.field.active_levels = levels_at(progress, chosen.levels, chosen.start_levels, chosen.levels_end)
+        # on the occupancy grid's device; a function of seed and step, so it need not be saved
+        drawn = torch.Generator(self.device).manual_seed(hash((self.run.seed, self.step_done)) & (2**63 - 1))
+        self.renderer.update(self.field, self.step_done, drawn, progress < sampling.prune_from,
+                             every=sampling.update_every, warmup=0, threshold=sampling.threshold)
+
+    def sample_cameras(self) -> Cameras:
+        """Random ones, or some of those that the prior knows exactly, if it is told the camera at all."""
+        config = self.config
+        known = self.prior.known_cameras(self.run.prompt) if config.guidance.camera else None
+        if known is None:
+            cameras = config.cameras.sample(config.batch, config.size, self.generator)
+        else:
+            cameras = config.cameras.choose(known, config.batch, config.size, self.generator)
+        return cameras.to(self.device)
+
+    def guide(self, rendering: Rendering, cameras: Cameras, background: Tensor | None) -> Distillation:
+        """The distillation of the step's pictures; background [B, 3] where it is one colour."""
+        conditions = view_conditions(self, cameras, background)
+        return self.distill(rendering.color, conditions, self.progress, self.generator)
+
+    def distillation(self) -> ScoreDistillation:
+        return score_distillation(self)
+
+    def penalty(self, name: str) -> float:
+        """The weight of a penalty now."""
+        start, end = getattr(self.config.penalties, name)
+        return start + (end - start) * self.progress
+
+    def penalties(self, rendering: Rendering) -> Tensor:
+        terms = {
+            "orientation": lambda: rendering.orientation,
+            "opacity": lambda: opacity_loss(rendering.opacity),
+            "entropy": lambda: entropy_loss(rendering.opacity),
+            "thickness": lambda: thickness_loss(rendering.depth_variance, rendering.opacity),
+        }
+        total = torch.zeros((), device=self.device)
+        for name, term in terms.items():
+            weight = self.penalty(name)
+            if weight > 0:
+                total = total + weight * term()
+        return total
+
+    def preview(self) -> Tensor:
+        """Four sides of the volume side by side."""
+        pictures, _ = volume_views(self.renderer, self.field, self.config.cameras, [0.0, 90.0, 180.0, 270.0], size=96,
+                                   normals=self.config.field.normals)
+        return torch.cat(list(pictures), 1)
+
+    def extract(self) -> list[Extraction]:
+        run = self.run
+        return [volume_surface(self.renderer, self.field, self.config.cameras, run.mesh_resolution, run.texture)]
+
+
+def make_field(config: FieldConfig, generator: torch.Generator) -> RadianceField:
+    """A fresh field in [-1, 1]^3."""
+    spec = ops.HashGridSpec.with_max_resolution(
+        config.max_resolution, levels=config.levels, features=config.features,
+        log2_table_size=config.log2_table_size, base_resolution=config.base_resolution,
+        interpolation="smoothstep" if config.smooth else "linear",
+    )
+    blob = Blob(config.blob_scale, config.blob_width, config.blob_profile)
+    return RadianceField(spec, config.hidden, radius=1.0, density=config.density, sharpness=config.sharpness,
+                         blob=blob, generator=generator)
+
+
+def score_distillation(stage: Stage) -> ScoreDistillation:
+    """Of the stage's guidance settings."""
+    chosen: GuidanceConfig = stage.config.guidance
+    final = chosen.final_time or (None, None)
+    kind = "constant" if chosen.final_time is None else "linear"
+    return ScoreDistillation(
+        stage.prior, chosen.weight, chosen.weighting, TimeRange(*chosen.time, *final, kind=kind, end=chosen.time_end),
+        jacobian=chosen.jacobian, clip=chosen.clip, negative_prompt=chosen.negative_prompt,
+    )
+
+
+def view_conditions(stage: Stage, cameras: Cameras, background: Tensor | None) -> Conditions:
+    """What the prior is told of these cameras: the prompt of the view, and of the rest what it knows and may know."""
+    chosen: GuidanceConfig = stage.config.guidance
+    known = stage.prior.conditions
+    return Conditions(
+        stage.views(stage.run.prompt, cameras.elevation, cameras.azimuth),
+        cameras.condition if chosen.camera and "camera" in known else None,
+        background if chosen.background and "background" in known else None,
+    )

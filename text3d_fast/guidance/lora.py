@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from text3d_fast.guidance.models.diffusion import DiffusionPrior
-from text3d_fast.guidance.prior import Conditions
+from text3d_fast.guidance.prior import Conditions, Prior
 
 _PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 _ADAPTER = "score"
 
 
-class LoraPrior:
+class LoraPrior(Prior):
     """Beside `base`, sharing its weights; starts as its equal, for B and the camera network's last layer are zero.
 
     base    the model to adapt; it is left as it is, and none of its weights ever gets a gradient

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from text3d_fast import ops
 from text3d_fast.guidance import Conditions, ScoreDistillation, TimeRange
+from text3d_fast.guidance.distillation import Distillation
 from text3d_fast.guidance.prompts import ViewPrompts
-from text3d_fast.guidance.sds import Distillation
 from text3d_fast.nn import OccupancyGrid
 from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, VolumeConfig
 from text3d_fast.pipelines.pictures import volume_views

@@ -15,15 +15,17 @@ import time
 import torch
 
 from text3d_fast import ops
+from text3d_fast.guidance import GaussianMixture, MixturePrior
 from text3d_fast.pipelines.config import DreamFusionConfig
-from text3d_fast.pipelines.training import Training
+from text3d_fast.pipelines.dreamfusion import DreamFusionStage
 
 FIELDS = ("commit", "threads", "case", "way", "rays", "samples", "ms", "MB")
 
 
-def make() -> tuple[Training, torch.Generator]:
+def make() -> tuple[DreamFusionStage, torch.Generator]:
     """DreamFusion's defaults with a field that has a shape: a sharp ball, and its occupancy."""
-    training = Training(DreamFusionConfig(prompt="", seed=1))
+    config = DreamFusionConfig(prompt="", seed=1)
+    training = DreamFusionStage(config, config, MixturePrior(GaussianMixture([[0.0] * 3], 1.0)))
     with torch.no_grad():
         training.field.grid.params.mul_(20)
     for _ in range(4):

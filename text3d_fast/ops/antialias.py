@@ -28,7 +28,7 @@ def antialias_topology(tri: torch.Tensor) -> torch.Tensor:
     different indices do not connect their triangles. No host synchronization beyond finding the largest index.
     """
     require_tensor("tri", tri, ("triangles", 3), torch.int32)
-    return opposite_vertices(tri)
+    return opposite_vertices(tri) if tri.device.type != "meta" else torch.empty_like(tri)
 
 
 @typed

@@ -141,7 +141,7 @@ def _half_table(params: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     no more than reading params once.
     """
     table = params.detach().to(dtype)
-    return torch.nn.functional.pad(table, (0, 1)) if params.numel() % 2 else table
+    return torch.nn.functional.pad(table, (0, 1)) if params.dim() == 1 and params.numel() % 2 else table
 
 
 def _run(kernel: str, tensors: tuple, fixed: tuple, spec: HashGridSpec, active_levels: int, backend: str) -> None:

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from text3d_fast.ops.checks import require_indices
 from text3d_fast.ops.samples import RaySamples, check_samples
 from text3d_fast.ops.typed import typed
 
@@ -32,10 +33,10 @@ def prune_samples(
     K < 2/3 S, which opaque objects reach soon. With features from the first look (`features[kept]`) there is one
     evaluation only, and a backward pass that skips rows without a gradient costs S + 2 K.
     A NaN in sigma keeps its sample and those behind it on its ray; other rays do not see it.
-    Raises ValueError or TypeError for wrong shapes, dtypes or devices.
+    Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for ids and offsets out of range.
     """
-    count = samples.num_samples
     check_samples(sigma, samples.t_starts, samples.t_ends, samples.ray_ids, samples.ray_offsets)
+    count = samples.num_samples
     if not 0 <= early_stop < 1:
         raise ValueError(f"early_stop: expected a number in [0, 1), got {early_stop}")
     if not 0 <= alpha_threshold < 1:
@@ -43,6 +44,9 @@ def prune_samples(
     if capacity is not None and not 0 <= capacity < 2**31:
         raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
     device = sigma.device
+    if device.type == "cpu":
+        require_indices("samples.ray_ids", samples.ray_ids, samples.num_rays)
+        require_indices("samples.ray_offsets", samples.ray_offsets, count + 1)
     optical = sigma * (samples.t_ends - samples.t_starts)
     # One running sum over all rays, without a synchronization: in double precision a ray's own part keeps its digits.
     # Neither a wall of infinite density nor a NaN may reach the rays behind it in memory: 1000 is as opaque as

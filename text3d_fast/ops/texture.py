@@ -31,8 +31,13 @@ def mip_stack(
     Built once, it can be passed as `mip` to many `texture` calls; gradients flow through it to `tex`.
     Raises ValueError where a side greater than 1 is odd, unless max_mip_level stops before it.
     """
-    if boundary_mode == "cube" and tex.dim() != 5:
+    cube = boundary_mode == "cube"
+    shape = ("batch", 6, "size", "size", "channels") if tex.dim() == 5 else ("batch", "height", "width", "channels")
+    require_tensor("tex", tex, shape)
+    if cube and tex.dim() != 5:
         raise ValueError(f"tex: expected shape [batch, 6, size, size, channels], got {list(tex.shape)}")
+    if 0 in tex.shape[-3:-1]:
+        raise ValueError(f"tex: expected at least one texel, got shape {list(tex.shape)}")
     levels, current = [], tex
     limit = MAX_MIPS - 1 if max_mip_level is None else min(max_mip_level, MAX_MIPS - 1)
     while len(levels) < limit and max(current.shape[-3:-1]) > 1:

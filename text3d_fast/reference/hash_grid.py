@@ -50,7 +50,7 @@ def hash_grid_grad(
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         y = hash_grid(x, params, spec, active_levels)
-        if not y.shape[0]:
+        if not y.shape[0] or not y.requires_grad:  # no point, or no level is on
             return y, y[:, :, None] * x[:, None, :]
         # a point's outputs depend on that point alone, so one pass per output column gives the whole Jacobian
         columns = [torch.autograd.grad(column.sum(), x, create_graph=True, materialize_grads=True)[0]
@@ -65,6 +65,8 @@ def hash_grid_vjp(
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         y = hash_grid(x, params, spec, active_levels)
+        if not y.requires_grad:  # no level is on
+            return torch.zeros_like(x)
         return torch.autograd.grad(y, x, cotangent, create_graph=True, materialize_grads=True)[0]
 
 

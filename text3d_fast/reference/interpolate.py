@@ -35,4 +35,4 @@ def interpolate(
     db = rast_db.reshape(-1, 4)[pixel].view(-1, 2, 2)  # [N, (u, v), (X, Y)]
     derivatives = torch.einsum("nkd,nkx->ndx", edges, db).flatten(1)
     da = derivatives.new_zeros(count, 2 * len(diff_attrs)).index_copy(0, pixel, derivatives)
-    return out, da.view(batch, height, width, -1)
+    return out, da.view(batch, height, width, 2 * len(diff_attrs))

@@ -285,6 +285,9 @@ def rasterize(
     """
     height, width = resolution
     batch = pos.shape[0] if pos.dim() == 3 else ranges.shape[0]
+    if height == 0 or width == 0:
+        nothing = pos.new_zeros(batch, height, width, 4)
+        return nothing, nothing.clone(), torch.zeros((batch, height, width), dtype=torch.int64, device=pos.device)
     single = pos.detach().float()
     keys = [
         visible_keys(single[b] if pos.dim() == 3 else single, tri, image_triangles(b, tri, ranges), height, width,

@@ -149,7 +149,10 @@ def _mesh(draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     batch, vertices = draw.size(2), draw.size(12)
     w = 0.5 + draw.uniform(batch, vertices, 1)
     pos = torch.cat([draw.normal(batch, vertices, 2), draw.uniform(batch, vertices, 1) - 0.3, w], -1)
-    return pos, draw.indices(vertices, draw.size(9), 3)
+    # Corners differ: the neighbour of a triangle without area lies on their edge, and rounding says on which side.
+    count = draw.size(9) if vertices > 2 else 0
+    triangles = [draw.random.sample(range(vertices), 3) for _ in range(count)]
+    return pos, torch.tensor(triangles, dtype=torch.int32).reshape(count, 3)
 
 
 def rasterize(draw: Draw) -> Call:

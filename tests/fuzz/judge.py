@@ -44,7 +44,8 @@ def judge(seed: str, only: str | None = None) -> tuple[str, str, str, str]:
             with use_backend("reference"):
                 expected = _outputs(call, valid)
         except Exception as error:
-            verdict = "answered" if mutate in (wild_values, wild_number) else "defect"
+            of_values = mutate in (wild_values, wild_number) or "expected indices" in str(error)  # kernels see some
+            verdict = "answered" if of_values else "defect"
             return name, verdict, mutate.__name__, f"the reference raised {str(error)[:200]}; {text}"
     difference = _difference(got, expected, call.near_ties, values=mutate not in (wild_values, wild_number))
     if difference:

@@ -225,11 +225,11 @@ def test_points_along_rays(features, device, generator):
 
 @needs_native
 @pytest.mark.skipif(native.emulated(), reason="atomic sums of CUDA")
-def test_sums_do_not_depend_on_the_threads(generator):
+def test_sums_do_not_depend_on_the_threads(device, generator):
     spec = HashGridSpec(levels=3, log2_table_size=9, base_resolution=8)
-    x = torch.rand(70_000, 3, generator=generator)  # more than one batch of the kernel
-    params = torch.randn(spec.num_params, generator=generator).requires_grad_()
-    cotangent = torch.randn(70_000, spec.output_dim, generator=generator)
+    x = torch.rand(70_000, 3, generator=generator, device=device)  # more than one batch of the kernel
+    params = torch.randn(spec.num_params, generator=generator, device=device).requires_grad_()
+    cotangent = torch.randn(70_000, spec.output_dim, generator=generator, device=device)
     threads, grads = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -225,7 +225,8 @@ def test_a_single_tet_has_kaolin_s_faces(device):
 def test_reference_gradcheck(grid, generator):
     if grid.num_vertices > 200:
         pytest.skip("finite differences take too long")
-    positions = grid.positions.double() + 0.01 * torch.randn(grid.positions.shape, generator=generator)
+    shift = torch.randn(grid.positions.shape, generator=generator, device=grid.device)
+    positions = grid.positions.double() + 0.01 * shift
     sdf = noise(grid, generator, torch.float64)
     sdf = torch.where(sdf.abs() < 0.05, 0.05 * sdf.sign(), sdf)  # keep away from sign changes
     positions.requires_grad_(), sdf.requires_grad_()

@@ -2,9 +2,9 @@
 
     TEXT3D_CLIENTS=FOLDER python -m pytest -s tests/clients        # -k NAME for some
 
-FOLDER holds checkouts under their repositories' names; what is absent is skipped. Each case runs in a process of its own
-under `python -m text3d_fast.compat --device cpu --force`, so that hard-coded "cuda" is the CPU; its last line is the figure
-of docs/dropins.md, where the table says what stands in for what. Cases beside this file: cases/NAME.py CHECKOUT.
+FOLDER holds checkouts under their repositories' names; what is absent is skipped. Each case runs in a process of its
+own under `python -m text3d_fast.compat --device cpu --force`, so that hard-coded "cuda" is the CPU; its last line is
+the figure of docs/dropins.md, where the table says what stands in for what. A case: cases/NAME.py CHECKOUT.
 """
 
 import os
@@ -24,12 +24,14 @@ CASES = {
                                   "--deselect", "tests/test_pdf.py::test_pdf_loss",
                                   *(f"tests/test_{name}.py" for name in ("grid", "rendering", "pack", "scan", "pdf",
                                                                          "camera"))]),
+    "kaolin_tests": ("kaolin", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "--noconftest",
+                                "tests/python/kaolin/ops/conversions/test_tetmesh.py"]),
     "nvdiffrast_triangle": ("nvdiffrast", ["{checkout}/samples/torch/triangle.py"]),
     "nvdiffrast_cube": ("nvdiffrast", ["{checkout}/samples/torch/cube.py", "--resolution", "16", "--max-iter", "200",
                                        "--mp4save-interval", "0"]),
     "nvdiffrast_pose": ("nvdiffrast", ["{checkout}/samples/torch/pose.py", "--max-iter", "120", "--mp4save-interval",
                                        "0"]),
-    "nvdiffrast_envphong": ("nvdiffrast", ["{checkout}/samples/torch/envphong.py", "--max-iter", "60",
+    "nvdiffrast_envphong": ("nvdiffrast", ["{checkout}/samples/torch/envphong.py", "--max-iter", "10",
                                            "--mp4save-interval", "0"]),
 } | {
     name: (checkout, [str(HERE / "cases" / f"{name}.py"), "{checkout}"])
@@ -42,6 +44,7 @@ CASES = {
         "get3d": "GET3D",
         "nvdiffmodeling": "nvdiffmodeling",
         "nvdiffrec_dmtet": "nvdiffrec",
+        "tinycudann_image": "tiny-cuda-nn",
     }.items()
 }
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from nerfacc.grid import _query
 
 
 class Ball(torch.nn.Module):
@@ -9,10 +10,10 @@ class Ball(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.sharpness = torch.nn.Parameter(torch.tensor(20.0))
+        self.density = torch.nn.Parameter(torch.tensor(30.0))
 
     def query_density(self, x):
-        return 30 * torch.sigmoid(self.sharpness * (0.7 - x.norm(dim=-1, keepdim=True)))
+        return self.density * torch.sigmoid(150 * (0.7 - x.norm(dim=-1, keepdim=True)))
 
     def forward(self, x, directions=None):
         return torch.sigmoid(4 * x), self.query_density(x)
@@ -26,16 +27,22 @@ def camera(size: int, distance: float = 3.0, spread: float = 0.35):
     return torch.tensor([0.0, 0.0, distance]).expand_as(directions).contiguous(), directions
 
 
-def dense_picture(field, origins, directions, near: float, far: float, step: float, background: float = 1.0):
-    """Every interval of the ray in plain torch: colours [rays, 3], opacities [rays, 1]."""
+def dense_picture(field, origins, directions, near: float, far: float, step: float, estimator=None):
+    """Every interval of the ray in plain torch, before white: colours [rays, 3], opacities [rays, 1].
+
+    estimator: an occupancy grid; what is in none of its occupied cells is left out. (It may miss cells that the ball
+    only touches, as it looks at one random point of each.)
+    """
     edges = torch.arange(near, far, step)
     middles = edges + step / 2
     points = origins[:, None] + middles[:, None] * directions[:, None]
     rgb, sigma = field(points.view(-1, 3))
+    if estimator is not None:
+        sigma = sigma[:, 0] * _query(points.view(-1, 3), estimator.binaries, estimator.aabbs[0])[0]
     rgb, optical = rgb.view(*points.shape), sigma.view(points.shape[:-1]) * step
     weights = torch.exp(-(optical.cumsum(1) - optical)) * (1 - torch.exp(-optical))
     opacity = weights.sum(1, keepdim=True)
-    return (weights[..., None] * rgb).sum(1) + background * (1 - opacity), opacity
+    return (weights[..., None] * rgb).sum(1) + 1 - opacity, opacity
 
 
 def largest(a, b) -> float:
@@ -59,8 +66,9 @@ def native_and_plain(render, parameters):
     scales = [float(g.abs().max()) for g in wanted]
     differences = [largest(a, b) / max(scale, 1e-12) for a, b, scale in zip(native, wanted, scales)]
     assert picture.std() > 0.01 and min(scales) > 0, "nothing to see"
-    assert largest(picture, plain) < 2e-4 and max(differences) < 2e-3, (largest(picture, plain), differences)
-    return (f"picture {tuple(picture.shape)} differs from plain torch by at most {largest(picture, plain):.1e}, "
+    difference = largest(picture, plain) / max(1.0, float(plain.abs().max()))
+    assert difference < 2e-4 and max(differences) < 2e-3, (difference, differences)
+    return (f"picture {tuple(picture.shape)} differs from plain torch by at most {difference:.1e}, "
             f"gradients by {max(differences):.1e} of the largest")  # fmt: skip
 
 

@@ -24,7 +24,7 @@ weights = render_weight_from_density(starts, ends, sigma[:, 0], ray_indices=rays
 colours = RGBRenderer("white")(rgb=rgb, weights=weights, **packed)
 opacity = AccumulationRenderer()(weights, **packed)
 depth = DepthRenderer("expected")(weights, samples, **packed)
-expected, dense_opacity = dense_picture(field, origins, directions, 0.0, 6.0, 0.01)
+expected, dense_opacity = dense_picture(field, origins, directions, 0.0, 6.0, 0.01, estimator)
 difference = max(largest(colours, expected), largest(opacity, dense_opacity))
 middle = depth.view(48, 48)[23:25, 23:25].mean().item()
 assert difference < 5e-3 and 2.2 < middle < 2.4, (difference, middle)

@@ -13,12 +13,12 @@ from common import native_and_plain, sphere
 sys.path.insert(0, sys.argv[1])
 sys.modules["renderutils_plugin"] = ModuleType("renderutils_plugin")
 torch.utils.cpp_extension.load = lambda **_: None
-from src import mesh, render, texture
-from src import renderutils as ru
+from src import mesh, render, texture  # noqa: E402
+from src import renderutils as ru  # noqa: E402
 
 for name in ("prepare_shading_normal", "pbr_bsdf", "lambert", "xfm_points", "xfm_vectors"):
     setattr(ru, name, functools.partial(getattr(ru, name), use_python=True))
-import nvdiffrast.torch as dr
+import nvdiffrast.torch as dr  # noqa: E402
 
 torch.manual_seed(0)
 vertices, triangles = sphere()
@@ -32,7 +32,7 @@ eye = torch.tensor([[0.0, 0, 4]])
 def scene():
     material = {"bsdf": "pbr", "kd": texture.Texture2D(albedo), "ks": texture.Texture2D(torch.full((1, 4, 4, 3), 0.4))}
     shape = mesh.Mesh(vertices, triangles.long(), v_tex=uv, t_tex_idx=triangles.long(), material=material)
-    return mesh.compute_tangents(mesh.auto_normals(shape))
+    return mesh.compute_tangents(mesh.auto_normals(shape)).eval()
 
 
 context = dr.RasterizeCudaContext()

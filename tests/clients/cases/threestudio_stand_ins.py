@@ -26,7 +26,7 @@ def load(checkout: str, *names: str) -> list[ModuleType]:
         sys.modules[f"threestudio.{name}"] = ModuleType(f"threestudio.{name}")
         sys.modules[f"threestudio.{name}"].__path__ = [f"{checkout}/threestudio/{name.replace('.', '/')}"]
     for name, contents in stand_ins.items():
-        if importlib.util.find_spec(name.split(".")[0]) is None or name.startswith("threestudio"):
+        if name.startswith("threestudio") or importlib.util.find_spec(name) is None:
             sys.modules[name] = ModuleType(name)
             for content in contents:
                 setattr(sys.modules[name], content, type(content, (), {}))

@@ -16,9 +16,11 @@
 #include <cuda_fp16.h>
 #define TEXT3D_HD __host__ __device__ __forceinline__
 #define TEXT3D_UNROLL _Pragma("unroll")
+#define TEXT3D_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TEXT3D_HD inline
 #define TEXT3D_UNROLL
+#define TEXT3D_NO_UNROLL
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif

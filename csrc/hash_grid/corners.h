@@ -293,36 +293,46 @@ void by_point(const Params& p, const Body& body) {
   if (bad >= 0) refuse(p.x, D, bad);
 }
 
-// Indices and weights of the corners of one block, in memory: computed when their entries are asked for, used later.
-template <int D>
+// Indices and weights of the first C corners of one block, in memory: computed when their entries are asked for, used
+// later.
+template <int C>
 struct Corners {
-  static constexpr int C = 1 << D;
   alignas(64) uint32_t index[C][kLanes];
   alignas(64) float weight[C][kLanes];
 };
 
+// The corners of the block of points from i on. Out of line, with Hashed known: a branch for each corner takes as long as
+// the corner, and a copy in every pass that calls this takes as long to compile as all else.
+template <int D, int C, bool Hashed, class Weigh>
+__attribute__((noinline, flatten)) void fill_corners(HashGridLevel level, const Points<D>& points, int64_t i,
+                                                     const Weigh& weigh, Corners<C>& corners) {
+  level.hashed = Hashed;
+  Floats x[D], keep;
+  points.lanes(i, x, keep);
+  const HashGridCell<Floats, Uints, D> cell(level, x, keep);
+  for (int c = 0; c < C; ++c) {
+    const Uints index = cell.index(level, c);
+    std::memcpy(corners.index[c], &index, sizeof index);
+    store_lanes(corners.weight[c], weigh(cell, i, c));
+  }
+}
+
 // body(first point of a block, its Corners) for the blocks from `begin` to `end`; their entries are on the way by then.
 // weigh(cell, first point of a block, corner) are the weights.
-template <int D, class Weigh, class Body>
+template <int D, int C, class Weigh, class Body>
 __attribute__((always_inline)) inline void for_corners(const HashGridLevel& level, const Points<D>& points,
                                                        int64_t begin, int64_t end, const void* entries,
                                                        int entry_bytes, const Weigh& weigh, const Body& body) {
-  constexpr int C = 1 << D, kRing = 4;
+  constexpr int kRing = 4;
   static_assert(kAhead < kRing, "a block is still in use when its place is taken");
   const bool far = int64_t(level.count) * entry_bytes > kCached;
-  Corners<D> ring[kRing];
+  const auto fill = level.hashed ? fill_corners<D, C, true, Weigh> : fill_corners<D, C, false, Weigh>;
+  Corners<C> ring[kRing];
   for (int64_t i = begin - kAhead * kLanes; i < end; i += kLanes) {
     const int64_t next = i + kAhead * kLanes;
     if (next < end) {
-      Corners<D>& corners = ring[next / kLanes % kRing];
-      Floats x[D], keep;
-      points.lanes(next, x, keep);
-      const HashGridCell<Floats, Uints, D> cell(level, x, keep);
-      for (int c = 0; c < C; ++c) {
-        const Uints index = cell.index(level, c);
-        std::memcpy(corners.index[c], &index, sizeof index);
-        store_lanes(corners.weight[c], weigh(cell, next, c));
-      }
+      Corners<C>& corners = ring[next / kLanes % kRing];
+      fill(level, points, next, weigh, corners);
       for (int c = 0; far && c < C; ++c) prefetch(entries, corners.index[c], entry_bytes);
     }
     if (i >= begin) body(i, ring[i / kLanes % kRing]);

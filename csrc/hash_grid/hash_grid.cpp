@@ -12,33 +12,26 @@
 namespace text3d {
 namespace TEXT3D_ISA {
 
-// y [points, F] of one level: the sum over the corners of weight * entry. Everything is inlined (flatten), for Hashed
-// to be known: a branch for each corner takes as long as the corner.
-template <int D, int F, bool Hashed, class T, class Weigh>
-__attribute__((flatten)) void encode_level(HashGridLevel level, const Points<D>& points, int64_t begin, int64_t end,
-                                           const void* table, const Weigh& weigh, float* y) {
-  level.hashed = Hashed;
+// y [points, F] of one level: the sum over the first C corners of weight * entry.
+template <int D, int C, int F, class T, class Weigh>
+__attribute__((flatten)) void encode_level(const HashGridLevel& level, const Points<D>& points, int64_t begin,
+                                           int64_t end, const void* table, const Weigh& weigh, float* y) {
   const T* entries = static_cast<const T*>(table) + int64_t(level.first) * F;
-  for_corners<D>(level, points, begin, end, entries, F * sizeof(T), weigh, [&](int64_t i, const Corners<D>& at) {
+  for_corners<D, C>(level, points, begin, end, entries, F * sizeof(T), weigh, [&](int64_t i, const Corners<C>& at) {
     for (int lane = 0; lane < kLanes; ++lane) {
       Row<F> sum;
-      for (int c = 0; c < 1 << D; ++c) sum.add(at.weight[c][lane], entries + int64_t(at.index[c][lane]) * F);
+      for (int c = 0; c < C; ++c) sum.add(at.weight[c][lane], entries + int64_t(at.index[c][lane]) * F);
       sum.store(y + (i + lane) * F);
     }
   });
 }
 
-template <int D, int F, class Weigh>
+template <int D, int C, int F, class Weigh>
 void encode_level(const HashGridLevel& level, const Points<D>& points, int64_t begin, int64_t end, const void* table,
                   int dtype, const Weigh& weigh, float* y) {
-  const auto run = [&](auto entry) {
-    using T = decltype(entry);
-    if (level.hashed) encode_level<D, F, true, T>(level, points, begin, end, table, weigh, y);
-    else encode_level<D, F, false, T>(level, points, begin, end, table, weigh, y);
-  };
-  if (dtype == 0) run(0.f);
-  else if (dtype == 1) run(half_t());
-  else run(bfloat16_t());
+  if (dtype == 0) encode_level<D, C, F, float>(level, points, begin, end, table, weigh, y);
+  else if (dtype == 1) encode_level<D, C, F, half_t>(level, points, begin, end, table, weigh, y);
+  else encode_level<D, C, F, bfloat16_t>(level, points, begin, end, table, weigh, y);
 }
 
 // jacobian [points, levels, F, D] of one level
@@ -64,6 +57,7 @@ void encode_slopes(const HashGridLevel& level, const Points<D>& points, int64_t 
 template <int D, int F>
 void encode(const HashGridLayout& layout, const float* x, int64_t count, const void* table, int dtype,
             const float* toward, float* out, float* jacobian) {
+  constexpr int C = 1 << D;
   const int levels = layout.levels, active = layout.active_levels;
   const int64_t batch = batch_points(count, active * F), row = int64_t(levels) * F;
   Points<D> points(batch), along(toward ? batch : 0);
@@ -83,10 +77,12 @@ void encode(const HashGridLayout& layout, const float* x, int64_t count, const v
       if (l < active) {
         const HashGridLevel level = hash_grid_level(layout, l);
         float* y = staged + l * stride;
-        if (toward) encode_level<D, F>(level, points, first, last, table, dtype, Slopes<D>{along}, y);
-        else encode_level<D, F>(level, points, first, last, table, dtype, Values(), y);
-        if (slopes) encode_slopes<D, F>(level, points, first, last, table, dtype, slopes, row * D);
-      } else if (slopes) {
+        if (nearest(layout)) encode_level<D, 1, F>(level, points, first, last, table, dtype, Values(), y);
+        else if (toward) encode_level<D, C, F>(level, points, first, last, table, dtype, Slopes<D>{along}, y);
+        else encode_level<D, C, F>(level, points, first, last, table, dtype, Values(), y);
+        if (slopes && !nearest(layout)) encode_slopes<D, F>(level, points, first, last, table, dtype, slopes, row * D);
+      }
+      if (slopes && (l >= active || nearest(layout))) {
         for (int64_t i = first; i < last; ++i) std::memset(slopes + i * row * D, 0, F * D * sizeof(float));
       }
     });
@@ -134,7 +130,7 @@ struct BackwardX {
     const int levels = p.layout.levels;
     by_point<D>(p, [&](const Points<D>& points, int64_t begin) {
       GradX<D> grad(points.stride);
-      for (int l = 0; l < p.layout.active_levels; ++l) {
+      for (int l = 0; l < (nearest(p.layout) ? 0 : p.layout.active_levels); ++l) {
         const HashGridLevel level = hash_grid_level(p.layout, l);
         for (int64_t i = 0; i < points.count; i += kLanes) {
           const int valid = valid_lanes(points.count, i);
@@ -244,14 +240,14 @@ inline void prefer_large_pages(void* begin, size_t bytes) {
 }
 
 // table[corner] += weight of the corner * row(point), for entries low <= corner < low + span
-template <int D, int F, class Weigh>
+template <int D, int C, int F, class Weigh>
 __attribute__((flatten)) void scatter_level(const HashGridLevel& level, const Points<D>& points, const float* rows,
                                             float* table, uint32_t low, uint32_t span, const Weigh& weigh) {
   const int ahead = span == level.count ? F * int(sizeof(float)) : 0;  // no prefetch of what another thread may own
-  for_corners<D>(level, points, 0, points.count, table, ahead, weigh, [&](int64_t i, const Corners<D>& at) {
+  for_corners<D, C>(level, points, 0, points.count, table, ahead, weigh, [&](int64_t i, const Corners<C>& at) {
     const int valid = valid_lanes(points.count, i);
     for (int lane = 0; lane < valid; ++lane)
-      for (int c = 0; c < 1 << D; ++c) {
+      for (int c = 0; c < C; ++c) {
         if (at.index[c][lane] - low >= span) continue;
         float* entry = table + int64_t(at.index[c][lane]) * F;
         Row<F> sum;
@@ -262,19 +258,13 @@ __attribute__((flatten)) void scatter_level(const HashGridLevel& level, const Po
   });
 }
 
-template <int D, int F, bool Hashed>
-void scatter_values(HashGridLevel level, const Points<D>& points, const float* rows, float* table, uint32_t low,
-                    uint32_t span) {
-  level.hashed = Hashed;
-  scatter_level<D, F>(level, points, rows, table, low, span, Values());
-}
-
 // grad_params[corner] += W_c grad_y + sum over d of (dW_c/dx_d) grad_jacobian_d, where `toward` v stands for
 // grad_jacobian = grad_y v without the first term.
 template <int D, int F>
 struct Scatter {
   static void run(const HashGridLayout& layout, const float* x, int64_t points, const float* grad_y,
                   const float* grad_jacobian, const float* toward, float* grad_params, bool accumulate) {
+    constexpr int C = 1 << D;
     const int levels = layout.levels, active = layout.active_levels;
     prefer_large_pages(grad_params, size_t(layout.offsets[levels]) * F * sizeof(float));
     // Slices depend on the number of threads, but no entry's sum does: each is added in the order of the points.
@@ -303,20 +293,19 @@ struct Scatter {
         if (begin == 0 && !accumulate) std::memset(table + int64_t(low) * F, 0, size_t(span) * F * sizeof(float));
         if (l >= active || count <= 0) return;
         const float* row = rows + l * batch * F;
-        if (toward) {
-          scatter_level<D, F>(level, at, row, table, low, span, Slopes<D>{along});
-        } else if (level.hashed) {
-          scatter_values<D, F, true>(level, at, row, table, low, span);
-        } else {
-          scatter_values<D, F, false>(level, at, row, table, low, span);
+        if (nearest(layout)) {
+          scatter_level<D, 1, F>(level, at, row, table, low, span, Values());
+          return;
         }
+        if (toward) scatter_level<D, C, F>(level, at, row, table, low, span, Slopes<D>{along});
+        else scatter_level<D, C, F>(level, at, row, table, low, span, Values());
         if (!grad_jacobian) return;
         Array<float> column(size_t(count * F));
         for (int d = 0; d < D; ++d) {
           for (int64_t i = 0; i < count; ++i)
             for (int f = 0; f < F; ++f)
               column[i * F + f] = grad_jacobian[(((begin + i) * levels + l) * F + f) * D + d];
-          scatter_level<D, F>(level, at, column, table, low, span,
+          scatter_level<D, C, F>(level, at, column, table, low, span,
                               [d](const auto& cell, int64_t, int c) { return cell.first(c, d); });
         }
       });
@@ -337,6 +326,16 @@ struct Backward {
 template <int D, int F>
 struct Second {
   static void run(const HashGridSecondParams& p) {
+    if (nearest(p.layout)) {  // nothing depends on x, and y is linear in the table
+      const int levels = p.layout.levels;
+      if (p.cotangent_params)
+        encode<D, F>(p.layout, p.x, p.points, p.cotangent_params, 0, nullptr, p.grad_grad_y, nullptr);
+      else
+        std::memset(p.grad_grad_y, 0, size_t(p.points * levels * F) * sizeof(float));
+      if (p.grad_x) std::memset(p.grad_x, 0, size_t(p.points * D) * sizeof(float));
+      if (p.grad_params) std::memset(p.grad_params, 0, size_t(p.layout.offsets[levels]) * F * sizeof(float));
+      return;
+    }
     if (p.cotangent_x && !p.cotangent_params && !p.grad_x)  // usual: the derivative of a vjp by all but the points
       encode<D, F>(p.layout, p.x, p.points, p.table, p.dtype, p.cotangent_x, p.grad_grad_y, nullptr);
     else
@@ -346,20 +345,20 @@ struct Second {
   }
 };
 
+template <template <int, int> class Kernel, int D, class Params>
+void dispatch_features(const Params& p) {
+  const int features = p.layout.features;
+  if (features == 1) Kernel<D, 1>::run(p);
+  else if (features == 2) Kernel<D, 2>::run(p);
+  else if (features == 4) Kernel<D, 4>::run(p);
+  else Kernel<D, 8>::run(p);
+}
+
 template <template <int, int> class Kernel, class Params>
 void dispatch(const Params& p) {
-  const int features = p.layout.features;
-  if (p.layout.dim == 2) {
-    if (features == 1) Kernel<2, 1>::run(p);
-    else if (features == 2) Kernel<2, 2>::run(p);
-    else if (features == 4) Kernel<2, 4>::run(p);
-    else Kernel<2, 8>::run(p);
-  } else {
-    if (features == 1) Kernel<3, 1>::run(p);
-    else if (features == 2) Kernel<3, 2>::run(p);
-    else if (features == 4) Kernel<3, 4>::run(p);
-    else Kernel<3, 8>::run(p);
-  }
+  if (p.layout.dim == 2) dispatch_features<Kernel, 2>(p);
+  else if (p.layout.dim == 3) dispatch_features<Kernel, 3>(p);
+  else dispatch_features<Kernel, 4>(p);
 }
 
 void hash_grid_forward(const HashGridForwardParams& p) { dispatch<Forward>(p); }

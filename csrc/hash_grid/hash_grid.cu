@@ -2,8 +2,9 @@
 //   forward:   a thread per point and group of levels that fills one 32-byte sector of y; groups one after the other
 //              (blockIdx.y), so that few tables share the cache; neighbours along x come in one load where they can
 //   by point:  (gradients to x and grad_y) a thread per point, levels inside: no atomics
-//   scatter:   (gradients to params) a thread per point and level; runs of threads in one cell, as along a ray, are
-//              summed within the warp first; sums in float32, or in fixed point when the result must not vary
+//   scatter:   (gradients to params) a thread per point and group of levels that shares a sector of the cotangent; runs
+//              of threads in one cell, as along a ray, are summed within the warp first; sums in float32, or in fixed
+//              point when the result must not vary
 #include "common/launch.h"
 #include "hash_grid/hash_grid.h"
 
@@ -78,55 +79,95 @@ TEXT3D_HD float load_point(const float* points, int64_t i, bool clip, float* x) 
   return keep;
 }
 
-// Levels of one thread of the forward pass: a sector of y, at most four.
+// F values side by side; `to` is aligned to their size, up to 16 bytes.
+template <int Count>
+TEXT3D_HD void store_values(float* to, const float* values) {
+  constexpr int kBytes = Count * int(sizeof(float));
+  constexpr int kStep = kBytes % 16 == 0 ? 16 : kBytes % 8 == 0 ? 8 : 4, kPart = kStep / int(sizeof(float));
+  using Word = typename Words<kStep>::Type;
+  TEXT3D_UNROLL
+  for (int part = 0; part < kBytes / kStep; ++part) {
+    Word word;
+    memcpy(&word, values + part * kPart, sizeof word);
+#if defined(__CUDA_ARCH__)
+    reinterpret_cast<Word*>(to)[part] = word;
+#else
+    std::memcpy(to + part * kPart, &word, sizeof word);
+#endif
+  }
+}
+
+// One level of the forward pass: sum [F], and slopes [F, D] if they are wanted. Eight corners at a time are on their way.
+template <int D, int F, class T>
+TEXT3D_HD void encode_point(const HashGridLevel& level, const float* x, float keep, const void* entries, bool jacobian,
+                            float* sum, float* slopes) {
+  constexpr int kCorners = 1 << D, kTogether = kCorners < 8 ? kCorners : 8;
+  const HashGridCell<float, uint32_t, D> cell(level, x, keep);
+  const T* table = static_cast<const T*>(entries) + int64_t(level.first) * F;
+  if (level.nearest) {
+    load_values<F>(table + int64_t(cell.index(level, 0)) * F, sum);
+    TEXT3D_UNROLL
+    for (int f = 0; f < F; ++f) sum[f] *= keep;
+    return;
+  }
+  const bool even = ((level.first | level.count) & 1u) == 0;
+  TEXT3D_UNROLL
+  for (int begin = 0; begin < kCorners; begin += kTogether) {
+    float theta[kTogether][F];
+    TEXT3D_UNROLL
+    for (int c = 0; c < kTogether; c += 2)
+      load_pair<F>(table, even, cell.index(level, begin + c), cell.index(level, begin + c + 1), theta[c], theta[c + 1]);
+    TEXT3D_UNROLL
+    for (int c = 0; c < kTogether; ++c) {
+      const float weight = cell.value(begin + c);
+      TEXT3D_UNROLL
+      for (int f = 0; f < F; ++f) sum[f] += weight * theta[c][f];
+    }
+    if (!jacobian) continue;
+    TEXT3D_UNROLL
+    for (int c = 0; c < kTogether; ++c) {
+      TEXT3D_UNROLL
+      for (int d = 0; d < D; ++d) {
+        const float weight = cell.first(begin + c, d);
+        TEXT3D_UNROLL
+        for (int f = 0; f < F; ++f) slopes[f * D + d] += weight * theta[c][f];
+      }
+    }
+  }
+}
+
+// Levels of one thread of the forward and the scatter pass: a sector of y or its cotangent, at most four.
 template <int F>
 constexpr int kLevelsPerThread = F >= 8 ? 1 : F == 4 ? 2 : 4;
 
 template <int D, int F, class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ HashGridForwardParams p) {
-  constexpr int kCorners = 1 << D;
+  constexpr int kGroup = kLevelsPerThread<F>;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.points) return;
-  float x[D];
+  float x[D], y[kGroup * F] = {};
   const float keep = load_point<D>(p.x, i, p.layout.clip != 0, x);
-  const int begin = blockIdx.y * kLevelsPerThread<F>;
-  const int end = begin + kLevelsPerThread<F> < p.layout.levels ? begin + kLevelsPerThread<F> : p.layout.levels;
-  for (int l = begin; l < end; ++l) {
+  const int levels = p.layout.levels, begin = blockIdx.y * kGroup;
+  const int count = levels - begin < kGroup ? levels - begin : kGroup;
+  const int64_t row = (i * levels + begin) * F;
+  TEXT3D_NO_UNROLL
+  for (int k = 0; k < count; ++k) {
     float sum[F] = {}, slopes[F * D] = {};
-    if (l < p.layout.active_levels) {
-      const HashGridLevel level = hash_grid_level(p.layout, l);
-      const HashGridCell<float, uint32_t, D> cell(level, x, keep);
-      const T* table = static_cast<const T*>(p.table) + int64_t(level.first) * F;
-      const bool even = ((level.first | level.count) & 1u) == 0;
-      float theta[kCorners][F];
-      TEXT3D_UNROLL
-      for (int c = 0; c < kCorners; c += 2)
-        load_pair<F>(table, even, cell.index(level, c), cell.index(level, c + 1), theta[c], theta[c + 1]);
-      TEXT3D_UNROLL
-      for (int c = 0; c < kCorners; ++c) {
-        const float weight = cell.value(c);
-        TEXT3D_UNROLL
-        for (int f = 0; f < F; ++f) sum[f] += weight * theta[c][f];
-      }
-      if (p.jacobian) {
-        TEXT3D_UNROLL
-        for (int c = 0; c < kCorners; ++c) {
-          TEXT3D_UNROLL
-          for (int d = 0; d < D; ++d) {
-            const float weight = cell.first(c, d);
-            TEXT3D_UNROLL
-            for (int f = 0; f < F; ++f) slopes[f * D + d] += weight * theta[c][f];
-          }
-        }
-      }
-    }
-    const int64_t row = (i * p.layout.levels + l) * F;
+    if (begin + k < p.layout.active_levels)
+      encode_point<D, F, T>(hash_grid_level(p.layout, begin + k), x, keep, p.table, p.jacobian != nullptr, sum, slopes);
     TEXT3D_UNROLL
-    for (int f = 0; f < F; ++f) p.y[row + f] = sum[f];
-    if (p.jacobian) {
+    for (int j = 0; j < kGroup; ++j) {  // y[k] = sum in registers, which have no address
       TEXT3D_UNROLL
-      for (int k = 0; k < F * D; ++k) p.jacobian[row * D + k] = slopes[k];
+      for (int f = 0; f < F; ++f) y[j * F + f] = j == k ? sum[f] : y[j * F + f];
     }
+    if (p.jacobian) store_values<F * D>(p.jacobian + (row + k * F) * D, slopes);
+  }
+  if (count == kGroup && levels * F % (kGroup * F < 4 ? kGroup * F : 4) == 0) {
+    store_values<kGroup * F>(p.y + row, y);
+  } else {
+    TEXT3D_UNROLL
+    for (int j = 0; j < kGroup; ++j)
+      if (j < count) store_values<F>(p.y + row + j * F, y + j * F);
   }
 }
 
@@ -136,7 +177,7 @@ struct BackwardX {
   TEXT3D_HD void operator()(int64_t i) const {
     float x[D], sum[D] = {};
     const float keep = load_point<D>(p.x, i, p.layout.clip != 0, x);
-    for (int l = 0; l < p.layout.active_levels; ++l) {
+    for (int l = 0; l < (nearest(p.layout) ? 0 : p.layout.active_levels); ++l) {
       const HashGridLevel level = hash_grid_level(p.layout, l);
       const HashGridCell<float, uint32_t, D> cell(level, x, keep);
       const int64_t row = (i * p.layout.levels + l) * F;
@@ -183,6 +224,7 @@ struct SecondPoints {
         load_values<F>(p.grad_y + row, grad_y);
         TEXT3D_UNROLL
         for (int c = 0; c < 1 << D; ++c) {
+          if (c > 0 && level.nearest) break;
           const int64_t entry = int64_t(level.first) + cell.index(level, c);
           float theta[F], dot = 0.f;
           if (p.cotangent_x) {
@@ -266,64 +308,70 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const bool real = i < p.points;  // the others stay for the warp's sake
   const int64_t point = real ? i : p.points - 1;
-  const int lane = threadIdx.x & 31, l = blockIdx.y;
-  const HashGridLevel level = hash_grid_level(p.layout, l);
-  float x[D];
+  const int lane = threadIdx.x & 31, begin = blockIdx.y * kLevelsPerThread<F>;
+  const int end = begin + kLevelsPerThread<F> < p.layout.active_levels ? begin + kLevelsPerThread<F> : p.layout.active_levels;
+  float x[D], toward[D] = {};
   const float keep = load_point<D>(p.x, point, p.layout.clip != 0, x);
-  const HashGridCell<float, uint32_t, D> cell(level, x, real ? keep : 0.f);
-  const int64_t row = (point * p.layout.levels + l) * F;
-  float grad_y[F], toward[D] = {};
-  load_values<F>(p.grad_y + row, grad_y);
   if (p.toward) {
     TEXT3D_UNROLL
     for (int d = 0; d < D; ++d) toward[d] = p.toward[point * D + d];
   }
 
-  bool head = lane == 0;
-  TEXT3D_UNROLL
-  for (int d = 0; d < D; ++d) {
-    const uint32_t before = __shfl_up_sync(kAll, cell.term[d][0], 1);
-    head = head || before != cell.term[d][0];
-  }
-  const unsigned heads = __ballot_sync(kAll, head);
-  const bool together = __popc(heads) <= 16 && !p.fixed;  // fixed point sums do not depend on the order anyway
-  const int end = run_end(heads, lane);
-  float* table = p.grad_params + int64_t(level.first) * F;
+  TEXT3D_NO_UNROLL
+  for (int l = begin; l < end; ++l) {  // their cotangents share a sector, which the first brings into the cache
+    const HashGridLevel level = hash_grid_level(p.layout, l);
+    const HashGridCell<float, uint32_t, D> cell(level, x, real ? keep : 0.f);
+    const int64_t row = (point * p.layout.levels + l) * F;
+    float grad_y[F];
+    load_values<F>(p.grad_y + row, grad_y);
 
-  TEXT3D_UNROLL
-  for (int c = 0; c < kCorners; ++c) {
-    float values[F];
-    if (p.toward) {
-      const float weight = cell.along(c, toward);
-      TEXT3D_UNROLL
-      for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
-    } else {
-      const float weight = cell.value(c);
-      TEXT3D_UNROLL
-      for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
-      if (p.grad_jacobian) {
-        TEXT3D_UNROLL
-        for (int d = 0; d < D; ++d) {
-          const float slope = cell.first(c, d);
-          TEXT3D_UNROLL
-          for (int f = 0; f < F; ++f) values[f] += slope * p.grad_jacobian[(row + f) * D + d];
-        }
-      }
+    bool head = lane == 0;
+    TEXT3D_UNROLL
+    for (int d = 0; d < D; ++d) {
+      const uint32_t before = __shfl_up_sync(kAll, cell.term[d][0], 1);
+      head = head || before != cell.term[d][0];
     }
-    const uint32_t entry = cell.index(level, c);
-    if (p.fixed) {
-      if (real) add_fixed<F>(p.fixed + (int64_t(level.first) + entry) * F, values, *p.fixed_scale);
-    } else if (together) {
-      for (int step = 1; step < 32; step *= 2) {
+    const unsigned heads = __ballot_sync(kAll, head);
+    const bool together = __popc(heads) <= 16 && !p.fixed;  // fixed point sums do not depend on the order anyway
+    const int last = run_end(heads, lane);
+    float* table = p.grad_params + int64_t(level.first) * F;
+
+    TEXT3D_UNROLL
+    for (int c = 0; c < kCorners; ++c) {
+      if (c > 0 && level.nearest) break;
+      float values[F];
+      if (p.toward) {
+        const float weight = cell.along(c, toward);
         TEXT3D_UNROLL
-        for (int f = 0; f < F; ++f) {
-          const float other = __shfl_down_sync(kAll, values[f], step);
-          if (lane + step < end) values[f] += other;
+        for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
+      } else {
+        const float weight = cell.value(c);
+        TEXT3D_UNROLL
+        for (int f = 0; f < F; ++f) values[f] = weight * grad_y[f];
+        if (p.grad_jacobian) {
+          TEXT3D_UNROLL
+          for (int d = 0; d < D; ++d) {
+            const float slope = cell.first(c, d);
+            TEXT3D_UNROLL
+            for (int f = 0; f < F; ++f) values[f] += slope * p.grad_jacobian[(row + f) * D + d];
+          }
         }
       }
-      if (head) add_values<F>(table + int64_t(entry) * F, values);
-    } else if (real) {
-      add_values<F>(table + int64_t(entry) * F, values);
+      const uint32_t entry = cell.index(level, c);
+      if (p.fixed) {
+        if (real) add_fixed<F>(p.fixed + (int64_t(level.first) + entry) * F, values, *p.fixed_scale);
+      } else if (together) {
+        for (int step = 1; step < 32; step *= 2) {
+          TEXT3D_UNROLL
+          for (int f = 0; f < F; ++f) {
+            const float other = __shfl_down_sync(kAll, values[f], step);
+            if (lane + step < last) values[f] += other;
+          }
+        }
+        if (head) add_values<F>(table + int64_t(entry) * F, values);
+      } else if (real) {
+        add_values<F>(table + int64_t(entry) * F, values);
+      }
     }
   }
 }
@@ -341,7 +389,8 @@ struct Scatter {
     const int64_t values = int64_t(p.layout.offsets[p.layout.levels]) * F;
     cudaMemsetAsync(p.grad_params, 0, size_t(values) * sizeof(float), stream);
     if (p.points <= 0 || p.layout.active_levels <= 0) return;
-    const dim3 grid(unsigned((p.points + kThreads - 1) / kThreads), unsigned(p.layout.active_levels));
+    const int groups = (p.layout.active_levels + kLevelsPerThread<F> - 1) / kLevelsPerThread<F>;
+    const dim3 grid(unsigned((p.points + kThreads - 1) / kThreads), unsigned(groups));
     TEXT3D_LAUNCH((scatter_kernel<D, F>), grid, kThreads, 0, stream, p);
     if (p.fixed) launch(values, FromFixed{p.fixed, p.fixed_scale, p.grad_params}, stream);
   }
@@ -379,20 +428,20 @@ struct Second {
   }
 };
 
+template <template <int, int> class Kernel, int D, class Params>
+void dispatch_features(const Params& p, cudaStream_t stream) {
+  const int features = p.layout.features;
+  if (features == 1) Kernel<D, 1>::run(p, stream);
+  else if (features == 2) Kernel<D, 2>::run(p, stream);
+  else if (features == 4) Kernel<D, 4>::run(p, stream);
+  else Kernel<D, 8>::run(p, stream);
+}
+
 template <template <int, int> class Kernel, class Params>
 void dispatch(const Params& p, cudaStream_t stream) {
-  const int features = p.layout.features;
-  if (p.layout.dim == 2) {
-    if (features == 1) Kernel<2, 1>::run(p, stream);
-    else if (features == 2) Kernel<2, 2>::run(p, stream);
-    else if (features == 4) Kernel<2, 4>::run(p, stream);
-    else Kernel<2, 8>::run(p, stream);
-  } else {
-    if (features == 1) Kernel<3, 1>::run(p, stream);
-    else if (features == 2) Kernel<3, 2>::run(p, stream);
-    else if (features == 4) Kernel<3, 4>::run(p, stream);
-    else Kernel<3, 8>::run(p, stream);
-  }
+  if (p.layout.dim == 2) dispatch_features<Kernel, 2>(p, stream);
+  else if (p.layout.dim == 3) dispatch_features<Kernel, 3>(p, stream);
+  else dispatch_features<Kernel, 4>(p, stream);
 }
 
 void hash_grid_forward(const HashGridForwardParams& p, cudaStream_t stream) { dispatch<Forward>(p, stream); }

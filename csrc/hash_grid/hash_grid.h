@@ -11,16 +11,17 @@ constexpr int kHashGridLevels = 32;
 
 struct HashGridLayout {
   float scales[kHashGridLevels];
-  uint32_t resolutions[kHashGridLevels];  // vertices a side
+  uint32_t resolutions[kHashGridLevels];  // vertices a side; 0: the first entry serves all
   uint32_t offsets[kHashGridLevels + 1];  // first entry of each level
   int32_t hashed[kHashGridLevels];
   float offset;                           // position = x * scale + offset
   int32_t dim, features, levels, active_levels;
-  int32_t smoothstep;                     // 0: linear
-  int32_t clip;                           // 1: nothing outside [0, 1]
+  int32_t interpolation;                  // 0 linear, 1 smoothstep, 2 nearest
+  int32_t clip;                           // 1 (the ngp dialect): nothing outside [0, 1], tiles repeat along whole axes
 };
 #define TEXT3D_HASH_GRID_LAYOUT(l) \
-  l.scales, l.resolutions, l.offsets, l.hashed, l.offset, l.dim, l.features, l.levels, l.active_levels, l.smoothstep, l.clip
+  l.scales, l.resolutions, l.offsets, l.hashed, l.offset, l.dim, l.features, l.levels, l.active_levels, l.interpolation, \
+      l.clip
 
 struct HashGridForwardParams {
   const float* x;      // [N, D]
@@ -76,11 +77,13 @@ struct HashGridSecondParams {
 
 namespace TEXT3D_ISA {
 
+TEXT3D_HD bool nearest(const HashGridLayout& layout) { return layout.interpolation == 2; }
+
 struct HashGridLevel {
   float scale, offset;
   uint32_t first, count;  // entries
-  uint32_t factor[3];     // of each axis: primes, or strides of a dense level
-  bool hashed, smoothstep, clip;
+  uint32_t factor[4];     // of each axis: primes, or strides of a dense level
+  bool hashed, smoothstep, nearest, clip;
 };
 
 TEXT3D_HD HashGridLevel hash_grid_level(const HashGridLayout& layout, int level) {
@@ -90,15 +93,17 @@ TEXT3D_HD HashGridLevel hash_grid_level(const HashGridLayout& layout, int level)
   out.first = layout.offsets[level];
   out.count = layout.offsets[level + 1] - out.first;
   out.hashed = layout.hashed[level] != 0;
-  out.smoothstep = layout.smoothstep != 0;
+  out.smoothstep = layout.interpolation == 1;
+  out.nearest = nearest(layout);
   out.clip = layout.clip != 0;
   if (out.hashed) {
-    out.factor[0] = 1u, out.factor[1] = 2654435761u, out.factor[2] = 805459861u;
+    out.factor[0] = 1u, out.factor[1] = 2654435761u, out.factor[2] = 805459861u, out.factor[3] = 3674653429u;
   } else {
-    uint64_t stride = 1;  // a tiled level repeats along the axes whose stride exceeds the table
-    for (int d = 0; d < 3; ++d) {
-      out.factor[d] = stride <= out.count ? uint32_t(stride) : 0u;
-      if (stride <= out.count) stride *= layout.resolutions[level];
+    uint64_t stride = layout.resolutions[level] ? 1u : 0u;
+    for (int d = 0; d < 4; ++d) {
+      if (out.clip && stride > out.count) stride = 0;
+      out.factor[d] = uint32_t(stride);
+      stride *= layout.resolutions[level];
     }
   }
   return out;
@@ -136,10 +141,12 @@ struct HashGridCell {
         weight[d][1] = t * t * (3.f - 2.f * t);
         slope[d] = t * (1.f - t) * (6.f * level.scale);
         curvature[d] = (1.f - 2.f * t) * (6.f * level.scale * level.scale);
-      } else {
+      } else if (!level.nearest) {
         weight[d][1] = t;
         slope[d] = t * 0.f + level.scale;
         curvature[d] = t * 0.f;
+      } else {  // corner 0 alone counts
+        weight[d][1] = slope[d] = curvature[d] = t * 0.f;
       }
       weight[d][0] = 1.f - weight[d][1];
     }

@@ -5,7 +5,7 @@ import torch
 from text3d_fast import backends, native
 from text3d_fast.ops.checks import float_dtypes, require_same_device, require_tensor
 from text3d_fast.ops.registration import LastOrder, define
-from text3d_fast.ops.specs import HashGridSpec
+from text3d_fast.ops.specs import INTERPOLATIONS, HashGridSpec
 from text3d_fast.ops.typed import typed
 from text3d_fast.reference import hash_grid as reference
 
@@ -156,8 +156,9 @@ def _run(kernel: str, tensors: tuple, fixed: tuple, spec: HashGridSpec, active_l
 
 def layout(spec: HashGridSpec, active_levels: int) -> tuple:
     """The fields of HashGridLayout."""
-    return (spec.level_scales, spec.level_resolutions, spec.level_offsets, spec.level_hashed, spec.offset, spec.dim,
-            spec.features, spec.levels, active_levels, spec.interpolation == "smoothstep", spec.dialect == "ngp")
+    sides = [side if strides[0] else 0 for side, strides in zip(spec.level_resolutions, spec.level_strides)]
+    return (spec.level_scales, sides, spec.level_offsets, spec.level_hashed, spec.offset, spec.dim, spec.features,
+            spec.levels, active_levels, INTERPOLATIONS.index(spec.interpolation), spec.dialect == "ngp")
 
 
 def _read(params: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:

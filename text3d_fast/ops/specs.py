@@ -3,15 +3,17 @@
 import functools
 import itertools
 import math
+import operator
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 DIALECTS = ("tcnn", "ngp")
 KINDS = ("hash", "dense", "tiled")
-INTERPOLATIONS = ("linear", "smoothstep")
-PRIMES = (1, 2654435761, 805459861)
+INTERPOLATIONS = ("linear", "smoothstep", "nearest")  # the kernels know them by their place here
+PRIMES = (1, 2654435761, 805459861, 3674653429)
 MAX_LEVELS = 32
+_MAX_SIDE = {2: 65535, 3: 1625, 4: 255}  # of a level, by dim, for its vertices to be counted in 32 bits
 ACTIVATIONS = ("none", "relu", "silu", "softplus", "sigmoid", "exp", "tanh")  # in the order of csrc/mlp/mlp.h
 DENSITIES = ("softplus", "exp")
 BLOBS = ("linear", "gaussian")
@@ -22,10 +24,12 @@ MLP_LIMITS = {"inputs": 256, "outputs": 128, "width": 128, "hidden_layers": 8}
 class HashGridSpec:
     """A multiresolution grid (Mueller et al. 2022, section 3), in the conventions of one of two code bases.
 
-    dim: 2 or 3; features: 1, 2, 4 or 8 per level; levels: 1 to 32; log2_table_size: at most 2^this entries a level.
+    dim: 2, 3 or 4; features: 1, 2, 4 or 8 per level; levels: 1 to 32; log2_table_size: at most 2^this entries a level.
     Level l has scale = base_resolution * per_level_scale^l - 1, its position is x * scale + 0.5.
-    kind: "hash" (dense while it fits), "dense" (never hashed, every entry stored) or "tiled" (never hashed, wraps).
-    interpolation: "linear", or "smoothstep" for a continuous gradient.
+    kind: "hash" (dense while it fits), "dense" (never hashed, every entry stored) or "tiled" (never hashed, wraps after
+        base_resolution^dim entries, in the ngp dialect after 2^log2_table_size).
+    interpolation: "linear", "smoothstep" for a continuous gradient, or "nearest": the cell's lowest vertex alone, and no
+        gradient to x.
     dialect: "tcnn" (tiny-cuda-nn: x outside [0, 1] continues the grid, wrapping) or "ngp" (torch-ngp: output and
         gradient are zero there; dense levels have one more vertex a side).
     align_corners: "ngp" only; drops the 0.5.
@@ -48,11 +52,14 @@ class HashGridSpec:
     level_resolutions: tuple[int, ...] = field(init=False, repr=False, compare=False)  # vertices a side
     level_offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)  # in entries; levels + 1 values
     level_hashed: tuple[bool, ...] = field(init=False, repr=False, compare=False)
-    level_strides: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # 0: beyond the table
+    level_strides: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)  # uint32, if not hashed
     key: str = field(init=False, repr=False, compare=False)  # what ops pass on; `parse` reads it
 
     def __post_init__(self) -> None:
-        _require_choice("dim", self.dim, (2, 3))
+        for f in fields(self):
+            if f.init:  # numpy's and torch's scalars become Python's, of which the key is made
+                object.__setattr__(self, f.name, _plain(f.name, getattr(self, f.name), type(f.default)))
+        _require_choice("dim", self.dim, (2, 3, 4))
         _require_choice("features", self.features, (1, 2, 4, 8))
         _require_choice("kind", self.kind, KINDS)
         _require_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -76,7 +83,10 @@ class HashGridSpec:
             offsets.append(offsets[-1] + entries)
             hashed.append(self.kind == "hash" and vertices > entries)
             steps = [resolution**d for d in range(self.dim)]
-            strides.append(tuple(step if step <= entries else 0 for step in steps))
+            if self.dialect == "ngp":  # repeats along the axes whose stride exceeds the table
+                strides.append(tuple(step if step <= entries else 0 for step in steps))
+            else:  # tiny-cuda-nn reads one entry only where the index would overflow
+                strides.append(tuple(steps) if resolution <= _MAX_SIDE[self.dim] else (0,) * self.dim)
         derived = {"level_scales": tuple(scales), "level_resolutions": tuple(resolutions),
                    "level_offsets": tuple(offsets), "level_hashed": tuple(hashed), "level_strides": tuple(strides)}
         derived["key"] = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.init)
@@ -88,6 +98,9 @@ class HashGridSpec:
         f32 = np.float32
         exponent = f32(level) * f32(math.log2(f32(self.per_level_scale)))
         power = f32(2.0 ** float(exponent))
+        side = float(power) * self.base_resolution
+        if side > 1 << 31:
+            raise ValueError(f"levels: level {level} would have {side:.6g} vertices a side; at most 2^31 are supported")
         scale = f32(f32(power * f32(self.base_resolution)) - f32(1))
         if self.dialect == "tcnn":
             resolution = math.ceil(scale) + 1
@@ -230,6 +243,23 @@ class FieldSpec:
         grid, mlp, radius, density, sharpness, blob, scale, width = key.split("|")
         return FieldSpec(HashGridSpec.parse(grid), MLPSpec.parse(mlp), float(radius), density, float(sharpness), blob,
                          float(scale), float(width))
+
+
+def _plain(name: str, value: object, kind: type) -> int | float | bool | str:
+    """`value` as the Python type `kind`."""
+    try:
+        if kind is float:
+            return float(value)
+        if kind is int and not isinstance(value, bool):
+            return operator.index(value)
+        if kind is str and isinstance(value, str):
+            return str(value)
+        if kind is bool and (value is True or value is False or value in (0, 1)):
+            return bool(value)
+    except (TypeError, ValueError):
+        pass
+    wanted = {float: "a number", int: "an integer", str: "a string", bool: "True or False"}[kind]
+    raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def _require_choice(name: str, value: object, choices: tuple) -> None:

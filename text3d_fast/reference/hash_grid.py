@@ -28,9 +28,13 @@ def hash_grid(x: torch.Tensor, params: torch.Tensor, spec: HashGridSpec, active_
         position = position.clamp(-(2.0**31), 2.0**31 - 128)
         cell = position.detach().floor()
         weight = position - cell
+        cell = cell.nan_to_num(0.0).long() & _UINT32
+        if spec.interpolation == "nearest":
+            nearest = table.index_select(0, _index(cell, (0,) * spec.dim, spec, level))
+            outputs.append(nearest + 0 * weight.sum(1, keepdim=True))  # a gradient to x, of zero
+            continue
         if spec.interpolation == "smoothstep":
             weight = weight * weight * (3 - 2 * weight)
-        cell = cell.nan_to_num(0.0).long() & _UINT32
         output = 0
         for corner in itertools.product((0, 1), repeat=spec.dim):
             factors = [weight[:, d] if bit else 1 - weight[:, d] for d, bit in enumerate(corner)]

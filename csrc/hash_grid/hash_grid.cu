@@ -140,8 +140,8 @@ TEXT3D_HD void encode_point(const HashGridLevel& level, const float* x, float ke
 template <int F>
 constexpr int kLevelsPerThread = F >= 8 ? 1 : F == 4 ? 2 : 4;
 
-template <int D, int F, class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ HashGridForwardParams p) {
+template <int D, int F, class T>  // at least one block an SM: left to itself, ptxas spills for a sixth
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ HashGridForwardParams p) {
   constexpr int kGroup = kLevelsPerThread<F>;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.points) return;

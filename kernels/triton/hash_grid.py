@@ -33,8 +33,8 @@ def _axis(x, scale, offset, factor, keep, SMOOTH: tl.constexpr, NEAREST: tl.cons
 @triton.jit
 def _cells(x_ptr, rows, mask, levels_ptr, l, offset, D: tl.constexpr, SMOOTH: tl.constexpr, NEAREST: tl.constexpr,
            CLIP: tl.constexpr):
-    """Cells of a block of points at level l: its four axes (those beyond D repeat the first) and the level's first entry,
-    entries, their reciprocal, and whether it is hashed."""
+    """Cells of a block of points at level l: its four axes (those beyond D repeat the first) and the level's first
+    entry, entries, their reciprocal, and whether it is hashed."""
     level = levels_ptr + l * 16
     scale = tl.load(level).to(tl.float32, bitcast=True)
     first = tl.load(level + 1).to(tl.int64)

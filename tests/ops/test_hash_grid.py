@@ -29,11 +29,17 @@ SPECS = [
     *(small(dim=dim, interpolation="smoothstep", dialect=dialect) for dim in (2, 3) for dialect in ("tcnn", "ngp")),
     small(dialect="ngp", features=4), small(dialect="ngp", align_corners=True), small(dialect="ngp", kind="tiled"),
     small(kind="dense", levels=3), small(kind="tiled", levels=4, features=1), small(kind="tiled", dim=2, features=2),
+    *(small(dim=4, levels=4, features=features) for features in (1, 2, 4, 8)),
+    small(dim=4, levels=3, interpolation="smoothstep", features=1), small(dim=4, levels=3, kind="tiled", dialect="ngp"),
+    *(small(dim=dim, features=features, interpolation="nearest") for dim, features in ((2, 1), (3, 2), (4, 8))),
+    small(interpolation="nearest", dialect="ngp", kind="tiled", features=4),
 ]
 TINY = [
     HashGridSpec(dim=3, levels=2, features=2, log2_table_size=4, base_resolution=2, per_level_scale=1.7),
     HashGridSpec(dim=2, levels=2, features=1, log2_table_size=4, base_resolution=3, interpolation="smoothstep"),
     HashGridSpec(dim=2, levels=1, features=2, log2_table_size=4, base_resolution=3, dialect="ngp"),
+    HashGridSpec(dim=4, levels=1, features=1, log2_table_size=4, base_resolution=2),
+    HashGridSpec(dim=2, levels=2, features=1, log2_table_size=4, base_resolution=3, interpolation="nearest"),
 ]
 
 
@@ -73,6 +79,43 @@ def test_a_dense_grid_interpolates_its_vertices(device):
     x = torch.tensor([[0.5 / 3, 0.5 / 3], [1 / 3, 0.5 / 3], [0.5, 0.5]], device=device)  # x * 3 + 0.5
     expected = torch.tensor([5.0, 5.5, 10.0], device=device)  # vertex (1, 1), halfway to (2, 1), vertex (2, 2)
     torch.testing.assert_close(ops.hash_grid(x, params, spec)[:, 0], expected)
+
+
+def test_tiny_cuda_nn_s_recorded_values(device):
+    """What its CUDA kernels gave, as published in Dr.Jit's tests. Its table was float32, its positions fused."""
+    spec = HashGridSpec(log2_table_size=16)
+    params = torch.linspace(0, 1000, 1908736, device=device)
+    assert spec.num_params == params.numel()
+    x = torch.tensor([[0.10837865, 0.90696, 0.40669227], [0.5339087, 0.32577336, 0.78337693],
+                      [0.00684452, 0.4792912, 0.46507752], [0.6235827, 0.6818198, 0.30147946]], device=device)
+    recorded = {0: (2.0091782, 3.3853433, 2.1349537, 1.5373236), 2: (19.319187, 31.258121, 20.813356, 15.602333),
+                5: (82.21078, 91.74728, 82.84027, 78.82066), 7: (153.39879, 154.8094, 152.28017, 118.11051)}
+    y = ops.hash_grid(x, params, spec)
+    for feature, values in recorded.items():
+        torch.testing.assert_close(y[:, feature], torch.tensor(values, device=device), rtol=1e-6, atol=0)
+
+
+def test_the_nearest_vertex_is_read_alone(device):
+    """Its neighbours may hold anything; in tiny-cuda-nn it is the cell's lowest corner."""
+    spec = HashGridSpec(dim=2, levels=1, features=1, base_resolution=4, kind="dense", interpolation="nearest")
+    params = torch.full((16,), float("nan"), device=device)
+    params[1 + 2 * 4] = 3.0
+    x = torch.tensor([[0.49, 0.51], [0.17, 0.83]], device=device).requires_grad_()  # x * 3 + 0.5 in [1, 2) x [2, 3)
+    y = ops.hash_grid(x, params.requires_grad_(), spec)
+    assert y.tolist() == [[3.0], [3.0]]
+    grad_x, grad_params = torch.autograd.grad(y.sum(), (x, params))
+    assert grad_x.eq(0).all() and grad_params.nonzero().tolist() == [[9]] and float(grad_params[9]) == 2
+
+
+def test_tiles_wrap_as_in_tiny_cuda_nn(device):
+    """The index is x + y res modulo the table, which is no row of tiles where res is no multiple of its size."""
+    spec = HashGridSpec(dim=2, levels=2, features=1, base_resolution=3, per_level_scale=1.7, kind="tiled")
+    side, table = spec.level_resolutions[1], slice(*spec.level_offsets[1:3])
+    assert side == 6 and table.stop - table.start == 9
+    vertex = torch.tensor([[4.0, 3.0]], device=device)
+    params = torch.zeros(spec.num_params, device=device)
+    params[table][(4 + 3 * side) % 9] = 1
+    assert float(ops.hash_grid((vertex - 0.5) / spec.level_scales[1], params, spec)[0, 1]) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_hashed_vertex_is_where_the_paper_puts_it(device):

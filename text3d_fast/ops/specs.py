@@ -26,10 +26,10 @@ class HashGridSpec:
 
     dim: 2, 3 or 4; features: 1, 2, 4 or 8 per level; levels: 1 to 32; log2_table_size: at most 2^this entries a level.
     Level l has scale = base_resolution * per_level_scale^l - 1, its position is x * scale + 0.5.
-    kind: "hash" (dense while it fits), "dense" (never hashed, every entry stored) or "tiled" (never hashed, wraps after
-        base_resolution^dim entries, in the ngp dialect after 2^log2_table_size).
-    interpolation: "linear", "smoothstep" for a continuous gradient, or "nearest": the cell's lowest vertex alone, and no
-        gradient to x.
+    kind: "hash" (dense while it fits), "dense" (never hashed, every entry stored) or "tiled" (never hashed, wraps
+        after base_resolution^dim entries, in the ngp dialect after 2^log2_table_size).
+    interpolation: "linear", "smoothstep" for a continuous gradient, or "nearest": the cell's lowest vertex alone, and
+        no gradient to x.
     dialect: "tcnn" (tiny-cuda-nn: x outside [0, 1] continues the grid, wrapping) or "ngp" (torch-ngp: output and
         gradient are zero there; dense levels have one more vertex a side).
     align_corners: "ngp" only; drops the 0.5.

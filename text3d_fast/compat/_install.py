@@ -9,6 +9,8 @@ from types import ModuleType
 PACKAGES = (
     "nvdiffrast",
     "nerfacc",
+    "tinycudann",
+    "kaolin",
 )
 _HOME = __name__.rpartition(".")[0]
 

@@ -1,5 +1,5 @@
-"""The part of kaolin's interface that text-to-3D code uses: `ops.conversions.marching_tetrahedra`."""
+"""The part of kaolin's interface that text-to-3D code uses: marching tetrahedra and FlexiCubes in `ops.conversions`."""
 
-from text3d_fast.compat.kaolin import ops
+from text3d_fast.compat.kaolin import ops, utils
 
-__all__ = ["ops"]
+__all__ = ["ops", "utils"]

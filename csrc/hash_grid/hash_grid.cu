@@ -302,7 +302,7 @@ __device__ __forceinline__ int run_end(unsigned heads, int lane) {  // the first
 }
 
 template <int D, int F>
-__global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant__ ScatterArguments p) {
+__global__ void __launch_bounds__(kThreads, 1) scatter_kernel(const __grid_constant__ ScatterArguments p) {
   constexpr int kCorners = 1 << D;
   constexpr unsigned kAll = 0xffffffffu;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import leaky_relu, linear, relu, silu, softplus
 
+from text3d_fast import ops
 from text3d_fast.compat.tinycudann.pcg32 import PCG32
 
 ALIGNMENT = 16
@@ -21,6 +22,8 @@ ACTIVATIONS = {
     "softplus": lambda x: softplus(x, 10.0),
     "tanh": torch.tanh,
 }
+_IN_KERNEL = {"none": "none", "relu": "relu", "silu": "silu", "exponential": "exp", "sigmoid": "sigmoid",
+              "tanh": "tanh"}
 _FUSED = ("fullyfusedmlp", "megakernelmlp")
 _WIDTHS = (16, 32, 64, 128)
 
@@ -46,6 +49,7 @@ class MLP:
         widths = [inputs, *[self.neurons] * self.hidden_layers, -(-outputs // ALIGNMENT) * ALIGNMENT]
         self.shapes = list(zip(widths[1:], widths[:-1]))
         self.n_params = sum(rows * columns for rows, columns in self.shapes)
+        self.spec = self._kernel_spec()
         self.hyperparams = {"otype": "FullyFusedMLP" if fused else "CutlassMLP", "activation": self.activation,
                             "output_activation": self.output_activation, "n_neurons": self.neurons,
                             "n_hidden_layers": self.hidden_layers}
@@ -63,11 +67,24 @@ class MLP:
     def __call__(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """x float32 [N, inputs], params [n_params] -> float32 [N, outputs]"""
         hidden, last = ACTIVATIONS[self.activation.lower()], ACTIVATIONS[self.output_activation.lower()]
+        if self.spec is not None:
+            y = ops.mlp(x, params[: self.spec.num_params], self.spec)
+            return y if self.output_activation.lower() in _IN_KERNEL else last(y)
         sizes = [rows * columns for rows, columns in self.shapes]
         *layers, end = [w.view(shape) for w, shape in zip(params.split(sizes), self.shapes)]
         for weight in layers:
             x = hidden(linear(x, weight))
         return last(linear(x, end[: self.outputs]))
+
+    def _kernel_spec(self) -> ops.MLPSpec | None:
+        """What ops.mlp is to compute, whose layout this is but for the padding at the end; None if it cannot."""
+        activation = _IN_KERNEL.get(self.activation.lower())
+        try:
+            return None if activation is None else ops.MLPSpec(
+                self.inputs, self.outputs, self.neurons, self.hidden_layers, activation,
+                _IN_KERNEL.get(self.output_activation.lower(), "none"), bias=False)
+        except ValueError:  # too wide or too deep for the kernel
+            return None
 
 
 def _activation(config: dict, key: str, default: str) -> str:

@@ -31,7 +31,7 @@ def hash_grid(x: torch.Tensor, params: torch.Tensor, spec: HashGridSpec, active_
         cell = cell.nan_to_num(0.0).long() & _UINT32
         if spec.interpolation == "nearest":
             nearest = table.index_select(0, _index(cell, (0,) * spec.dim, spec, level))
-            outputs.append(nearest + 0 * weight.sum(1, keepdim=True))  # a gradient to x, of zero
+            outputs.append(nearest * (1 + 0 * weight.square().sum(1, keepdim=True)))  # gradients of zero, of any order
             continue
         if spec.interpolation == "smoothstep":
             weight = weight * weight * (3 - 2 * weight)

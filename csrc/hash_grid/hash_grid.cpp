@@ -333,7 +333,8 @@ struct Second {
       else
         std::memset(p.grad_grad_y, 0, size_t(p.points * levels * F) * sizeof(float));
       if (p.grad_x) std::memset(p.grad_x, 0, size_t(p.points * D) * sizeof(float));
-      if (p.grad_params) std::memset(p.grad_params, 0, size_t(p.layout.offsets[levels]) * F * sizeof(float));
+      if (p.grad_params && !p.accumulate)
+        std::memset(p.grad_params, 0, size_t(p.layout.offsets[levels]) * F * sizeof(float));
       return;
     }
     if (p.cotangent_x && !p.cotangent_params && !p.grad_x)  // usual: the derivative of a vjp by all but the points

@@ -15,6 +15,7 @@ Load = Callable[[torch.device], Prior]
 _REGISTERED: dict[str, str | Load] = {
     "toybox": "text3d_fast.toybox.learned:load",
     "analytic": "text3d_fast.toybox.analytic:load",
+    "analytic-fine": "text3d_fast.toybox.analytic:load_fine",
 }
 
 

@@ -34,6 +34,11 @@ def load(device: torch.device) -> AnalyticPrior:
     return AnalyticPrior()
 
 
+def load_fine(device: torch.device) -> AnalyticPrior:
+    """For the registry: 128 x 128 pixels of renders of 256 x 256, whole or in part; fewer cameras, as each costs more."""
+    return AnalyticPrior(cameras=120, image_size=128, detail=256)
+
+
 class AnalyticPrior(Prior):
     """An image prior over Toybox captions, behind the interface of `guidance.Prior`.
 

@@ -194,6 +194,21 @@ def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int])
     return edges[edges[:, 2].argsort(), :2].int()
 
 
+def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int]) -> torch.Tensor:
+    """As `TetGrid.crossing_edges`, by comparing the lattice with itself one step on: no list of all edges."""
+    size = [n + 1 for n in resolution]
+    found = []
+    for rank, corner in enumerate(list(itertools.product((0, 1), repeat=3))[1:]):
+        step = (corner[0] * size[1] + corner[1]) * size[2] + corner[2]
+        low = (inside[:-step] != inside[step:]).nonzero()[:, 0]
+        place = (low // (size[1] * size[2]), low // size[2] % size[1], low % size[2])
+        exists = torch.stack([at + along < n for at, along, n in zip(place, corner, size)]).all(0)  # not in the next row
+        low = low[exists]
+        found.append(torch.stack([low, low + step, low * 7 + rank], -1))
+    edges = torch.cat(found)
+    return edges[edges[:, 2].argsort(), :2].int()
+
+
 def _make_tet_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
     pairs = grid.tets[:, TET_EDGES].long()
     stride = max(grid.num_vertices, 1)

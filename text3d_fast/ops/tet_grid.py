@@ -202,7 +202,8 @@ def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int])
         step = (corner[0] * size[1] + corner[1]) * size[2] + corner[2]
         low = (inside[:-step] != inside[step:]).nonzero()[:, 0]
         place = (low // (size[1] * size[2]), low // size[2] % size[1], low % size[2])
-        exists = torch.stack([at + along < n for at, along, n in zip(place, corner, size)]).all(0)  # not in the next row
+        # neighbours that wrap round into the next row are none
+        exists = torch.stack([at + along < n for at, along, n in zip(place, corner, size)]).all(0)
         low = low[exists]
         found.append(torch.stack([low, low + step, low * 7 + rank], -1))
     edges = torch.cat(found)

@@ -55,5 +55,5 @@ if __name__ == "__main__":
     mesh, losses = fit(options.steps)
     write_mesh(options.out, mesh.with_normals())
     off = torus(mesh.vertices).abs().mean()
-    print(f"silhouettes {losses[0]:.4f} -> {losses[-1]:.5f}; Euler characteristic {mesh.euler_characteristic()} (a torus "
-          f"has 0); mean distance from the true surface {off:.4f}; wrote {options.out}")
+    print(f"silhouettes {losses[0]:.4f} -> {losses[-1]:.5f}; Euler characteristic {mesh.euler_characteristic()} "
+          f"(of a torus: 0); mean distance from the true surface {off:.4f}; wrote {options.out}")

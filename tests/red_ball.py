@@ -21,6 +21,7 @@ class RedBall(Prior):
     schedule = NoiseSchedule.cosine()
     image_size = 12
     conditions = ("camera", "background")
+    color = (0.9, 0.1, 0.1)
 
     def __init__(self):
         self.seen: list[Conditions] = []
@@ -33,6 +34,6 @@ class RedBall(Prior):
         axis = torch.linspace(-1, 1, 12)
         disc = (axis[:, None] ** 2 + axis**2 < 0.4)[None, None].float()
         ground = conditions.background[:, :, None, None]
-        clean = 2 * (disc * torch.tensor([0.9, 0.1, 0.1])[:, None, None] + (1 - disc) * ground) - 1
+        clean = 2 * (disc * torch.tensor(self.color)[:, None, None] + (1 - disc) * ground) - 1
         alpha, sigma = (value.to(x_t)[:, None, None, None] for value in self.schedule.alpha_sigma(t))
         return (x_t - alpha * clean) / sigma.clamp(min=1e-3)

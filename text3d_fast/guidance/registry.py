@@ -11,6 +11,7 @@ from text3d_fast.guidance.models.diffusion import DiffusionPrior
 from text3d_fast.guidance.prior import Prior
 
 DEFAULT = "toybox"
+DEFAULT_FINE = "analytic-fine"  # what goes with it in a stage of high resolution: the same pictures, exact and finer
 Load = Callable[[torch.device], Prior]
 _REGISTERED: dict[str, str | Load] = {
     "toybox": "text3d_fast.toybox.learned:load",

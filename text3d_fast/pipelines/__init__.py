@@ -6,13 +6,17 @@ Names are imported when they are first used, so that light commands stay light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from text3d_fast.pipelines.config import DreamFusionConfig
+    from text3d_fast.pipelines.config import DreamFusionConfig, Magic3DConfig
     from text3d_fast.pipelines.dreamfusion import DreamFusion
+    from text3d_fast.pipelines.magic3d import Magic3D
     from text3d_fast.pipelines.results import Result
 
-__all__ = ["DreamFusion", "DreamFusionConfig", "Result"]
+__all__ = ["DreamFusion", "DreamFusionConfig", "Magic3D", "Magic3DConfig", "Result"]
 
-_HOMES = {"DreamFusion": "dreamfusion", "DreamFusionConfig": "config", "Result": "results"}
+_HOMES = {
+    "DreamFusion": "dreamfusion", "DreamFusionConfig": "config", "Magic3D": "magic3d", "Magic3DConfig": "config",
+    "Result": "results",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -100,13 +100,10 @@ class PenaltyConfig:
     thickness: tuple[float, float] = (0.0, 0.0)
 
 
-@dataclass
-class OptimizerConfig:
+@dataclass(kw_only=True)
+class RateConfig:
     """Adam, betas (0.9, 0.99); rates fall to `final` of themselves along a cosine, after `warmup` of the steps."""
 
-    grid: float = 2e-2
-    network: float = 5e-3
-    background: float = 1e-3
     warmup: float = 0.02
     final: float = 0.03
 
@@ -114,6 +111,15 @@ class OptimizerConfig:
         """The learning rate at a step, for one whose highest is `base`."""
         warm = min(1.0, (step + 1) / max(1.0, self.warmup * steps))
         return base * warm * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * (step / steps))))
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig(RateConfig):
+    """The rates of a radiance field: its hash grid, its layers, its background."""
+
+    grid: float = 2e-2
+    network: float = 5e-3
+    background: float = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -143,6 +149,68 @@ class VolumeConfig:
     def __post_init__(self) -> None:
         if self.background not in ("solid", "network"):
             raise ValueError(f"background: expected solid or network, got {self.background!r}")
+        require_positive(self, "steps", "batch", "size")
+
+
+@dataclass
+class SurfaceConfig:
+    """The deformable tetrahedral grid and the texture in space; see `nn.DeformableTetGrid`, `scene.ColorField`.
+
+    further_levels   of the texture's hash grid, beyond those of the field that it comes from
+    """
+
+    resolution: int = 128
+    lattice: str = "a15"
+    further_levels: int = 3
+
+
+@dataclass
+class SurfacePenaltyConfig:
+    """Weights of the surface's penalties in `scene.regularizers`: (at the start, at the end), linear between.
+
+    normals: normal consistency; laplacian, in shortest edges of the grid; sign: of the distances across the surface
+    """
+
+    normals: tuple[float, float] = (0.01, 0.01)
+    laplacian: tuple[float, float] = (0.003, 0.003)
+    sign: tuple[float, float] = (1e-3, 1e-4)
+
+
+@dataclass(kw_only=True)
+class SurfaceOptimizerConfig(RateConfig):
+    """The rates of a surface: sdf in shortest edges of the grid a step, deformation before its tanh, the texture's hash
+    grid, its layers.
+    """
+
+    sdf: float = 0.04
+    deformation: float = 0.04
+    grid: float = 1e-2
+    network: float = 2e-3
+
+
+@dataclass(kw_only=True)
+class MeshConfig:
+    """A stage that optimizes a surface and its texture.
+
+    size         pixels along a side of the renders: a multiple of the prior's is averaged down to it, otherwise
+                 `Prior.encode` resizes
+    view_words   a name in guidance.prompts.WORDINGS; view_sectors the half-widths of front and back, degrees
+    """
+
+    steps: int = 400
+    batch: int = 1
+    size: int = 256
+    view_words: str = "side"
+    view_sectors: tuple[float, float] = (45.0, 45.0)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=lambda: GuidanceConfig(time=(0.02, 0.5)))
+    surface: SurfaceConfig = dataclasses.field(default_factory=SurfaceConfig)
+    penalties: SurfacePenaltyConfig = dataclasses.field(default_factory=SurfacePenaltyConfig)
+    optimizer: SurfaceOptimizerConfig = dataclasses.field(default_factory=SurfaceOptimizerConfig)
+    cameras: CameraDistribution = dataclasses.field(default_factory=CameraDistribution)
+    lights: LightDistribution = dataclasses.field(default_factory=LightDistribution)
+    shading: ShadingSchedule = dataclasses.field(default_factory=lambda: ShadingSchedule(albedo_until=0.0))
+
+    def __post_init__(self) -> None:
         require_positive(self, "steps", "batch", "size")
 
 
@@ -228,6 +296,35 @@ class DreamFusionConfig(VolumeConfig, RunConfig):
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         VolumeConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class CoarseConfig(VolumeConfig):
+    """Magic3D's coarse stage: density bias 10 (1 - |x| / 0.5), soft shading, light near the camera axis, low views."""
+
+    steps: int = 600
+    field: FieldConfig = dataclasses.field(default_factory=lambda: FieldConfig(blob_scale=10.0))
+    cameras: CameraDistribution = dataclasses.field(
+        default_factory=lambda: CameraDistribution(elevation=(-10.0, 45.0), distance=(2.2, 3.0), fov_y=(40.0, 55.0)))
+    lights: LightDistribution = dataclasses.field(
+        default_factory=lambda: LightDistribution(angle=60.0, diffuse=(0.0, 1.0), soft=True))
+
+
+@dataclass(kw_only=True)
+class Magic3DConfig(RunConfig):
+    """Magic3D is two stages; `model` guides the coarse one, `fine_model` the fine one ("": the same)."""
+
+    pipeline: str = "magic3d"
+    fine_model: str = ""
+    coarse: CoarseConfig = dataclasses.field(default_factory=CoarseConfig)
+    fine: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclass(kw_only=True)
+class EditConfig(Magic3DConfig):
+    """A finished Magic3D run, continued with another prompt: its fine stage goes on as `edit`."""
+
+    edit: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -41,6 +41,28 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The same for a stage that optimizes a surface. It starts from a shape that is about right: little noise; longer focal
+# lengths (Magic3D, section 4.3; threestudio: 30 to 45 degrees from 1.5 to 2 radii) or, where the prior knows windows,
+# parts of its pictures.
+SURFACE_KINDS: dict[str, dict[str, Any]] = {
+    "latent": {
+        "steps": 5_000, "size": 512, "guidance.weight": 100.0, "guidance.time": (0.02, 0.5),
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (25.0, 45.0),
+    },
+    "pixel": {
+        "steps": 5_000, "guidance.weight": 20.0, "guidance.time": (0.02, 0.5), "cameras.elevation": (-10.0, 80.0),
+    },
+    "camera": {
+        "guidance.weight": 5.0, "guidance.time": (0.02, 0.5), "view_words": "left_right",
+        "cameras.elevation": (-10.0, 80.0),
+    },
+    "exact": {
+        "guidance.weight": 0.0, "guidance.weighting": "sample",
+        "guidance.time": (0.02, 0.4), "guidance.final_time": (0.02, 0.15),
+    },
+}
+PARTS = (1.0, 2.0)  # zoom of the pictures for priors that know windows
+
 # With w = sigma / alpha the gradient is the picture minus the denoised one, which is small beside a gradient with
 # guidance 100. At the paper's weight the orientation penalty does nothing against it and density rises and falls on its
 # way in: pits. Cells of 1/32 are as wide as a pixel of 64 x 64. A blurred answer leaves fog: opacity costs something.
@@ -75,6 +97,29 @@ def recipe(prior: Prior, config_type: type[RunConfig]) -> Recipe:
     for source, layer in volume_recipe(prior).layers:
         whole.add(source, {prefix + name: value for prefix in stages for name, value in layer.items()})
     return whole
+
+
+def surface_recipe(prior: Prior) -> Recipe:
+    """The layers for one stage that optimizes a surface."""
+    found = Recipe()
+    kind = "camera" if prior.kind == "pixel" and "camera" in prior.conditions else prior.kind
+    found.add(f"recipe {kind}", SURFACE_KINDS[kind])
+    own: dict[str, Any] = {}
+    if kind in ("camera", "exact"):  # pictures finer than the prior's, averaged down to it
+        own["size"] = max(1, 256 // prior.image_size) * prior.image_size
+    if prior.view_words is not None:
+        own["view_words"] = prior.view_words
+    own |= {f"cameras.{name}": tuple(bounds) for name, bounds in (prior.camera_distribution or {}).items()}
+    if "window" in prior.conditions:
+        own["cameras.zoom"] = PARTS
+    found.add("the prior", own)
+    # wishes for a volume that mean the same for a surface; it begins with the noise that a volume ends with
+    shared = ("cameras.", "lights.", "shading.", "guidance.weight")
+    wishes = {name: value for name, value in prior.wishes.items() if name.startswith(shared)}
+    if "guidance.final_time" in prior.wishes:
+        wishes["guidance.time"] = prior.wishes["guidance.final_time"]
+    found.add("the prior's wishes", wishes)
+    return found
 
 
 def _is_volume(entry: dataclasses.Field) -> bool:

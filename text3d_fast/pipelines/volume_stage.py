@@ -97,14 +97,7 @@ class VolumeStage(Stage):
                              every=sampling.update_every, warmup=0, threshold=sampling.threshold)
 
     def sample_cameras(self) -> Cameras:
-        """Random ones, or some of those that the prior knows exactly, if it is told the camera at all."""
-        config = self.config
-        known = self.prior.known_cameras(self.run.prompt) if config.guidance.camera else None
-        if known is None:
-            cameras = config.cameras.sample(config.batch, config.size, self.generator)
-        else:
-            cameras = config.cameras.choose(known, config.batch, config.size, self.generator)
-        return cameras.to(self.device)
+        return sample_cameras(self)
 
     def guide(self, rendering: Rendering, cameras: Cameras, background: Tensor | None) -> Distillation:
         """The distillation of the step's pictures; background [B, 3] where it is one colour."""
@@ -156,6 +149,17 @@ def make_field(config: FieldConfig, generator: torch.Generator) -> RadianceField
                          blob=blob, generator=generator)
 
 
+def sample_cameras(stage: Stage) -> Cameras:
+    """Random ones, or some of those that the prior knows exactly, if it is told the camera at all."""
+    config = stage.config
+    known = stage.prior.known_cameras(stage.run.prompt) if config.guidance.camera else None
+    if known is None:
+        cameras = config.cameras.sample(config.batch, config.size, stage.generator)
+    else:
+        cameras = config.cameras.choose(known, config.batch, config.size, stage.generator)
+    return cameras.to(stage.device)
+
+
 def score_distillation(stage: Stage) -> ScoreDistillation:
     """Of the stage's guidance settings."""
     chosen: GuidanceConfig = stage.config.guidance
@@ -175,4 +179,5 @@ def view_conditions(stage: Stage, cameras: Cameras, background: Tensor | None) -
         stage.views(stage.run.prompt, cameras.elevation, cameras.azimuth),
         cameras.condition if chosen.camera and "camera" in known else None,
         background if chosen.background and "background" in known else None,
+        window=cameras.window if "window" in known else None,
     )

@@ -45,6 +45,8 @@ class LightDistribution:
 
     The direction is that of a draw from N(camera position + lift * up, spread^2 I), the distance U(distance).
     diffuse, ambient  (low, high) of the grey level
+    angle   degrees; instead, the direction is uniform in angle within so many of the camera's (Magic3D: 60)
+    soft    the ambient light is what the diffuse one lacks to 1 (threestudio's soft shading, with diffuse from 0 to 1)
     """
 
     spread: float = 1.0
@@ -52,6 +54,8 @@ class LightDistribution:
     distance: tuple[float, float] = (0.8, 1.5)
     diffuse: tuple[float, float] = (0.9, 0.9)
     ambient: tuple[float, float] = (0.1, 0.1)
+    angle: float | None = None
+    soft: bool = False
 
     def sample(self, cameras: Cameras, generator: torch.Generator | None = None) -> Lights:
         """One light for each camera."""
@@ -64,10 +68,19 @@ class LightDistribution:
 
         unit = cameras.position.norm(dim=-1, keepdim=True) / _PAPER_DISTANCE
         offset = torch.randn(count, 3, generator=generator, device=source).to(device) * self.spread
-        offset[:, 1] += self.lift
-        direction = torch.nn.functional.normalize(cameras.position / unit + offset, dim=-1)
+        if self.angle is None:
+            offset[:, 1] += self.lift
+            direction = torch.nn.functional.normalize(cameras.position / unit + offset, dim=-1)
+        else:  # the random offset says into which direction the light leaves the axis
+            axis = torch.nn.functional.normalize(cameras.position, dim=-1)
+            across = torch.nn.functional.normalize(torch.linalg.cross(axis, offset), dim=-1)
+            away = torch.deg2rad(uniform((0.0, self.angle)))
+            direction = away.cos() * axis + away.sin() * across
         position = direction * uniform(self.distance) * unit
-        return Lights(position, uniform(self.diffuse).expand(count, 3), uniform(self.ambient).expand(count, 3))
+        diffuse, ambient = uniform(self.diffuse), uniform(self.ambient)
+        if self.soft:
+            ambient = (1 - diffuse).clamp(min=0)
+        return Lights(position, diffuse.expand(count, 3), ambient.expand(count, 3))
 
 
 def headlights(cameras: Cameras, diffuse: float = 0.65, ambient: float = 0.4) -> Lights:

@@ -25,7 +25,7 @@ from text3d_fast.toybox.captions import canonical_prompt, caption, parse, view_w
 LIGHTS = {
     "lights.spread": 0.6, "lights.lift": 0.5, "lights.distance": (1.0, 1.9),
     "lights.diffuse": (0.5, 0.7), "lights.ambient": (0.3, 0.55),
-    "shading.lit": 1.0, "shading.textureless": 0.0,
+    "lights.angle": None, "lights.soft": False, "shading.lit": 1.0, "shading.textureless": 0.0,
 }
 
 
@@ -35,7 +35,7 @@ def load(device: torch.device) -> AnalyticPrior:
 
 
 def load_fine(device: torch.device) -> AnalyticPrior:
-    """For the registry: 128 x 128 pixels of renders of 256 x 256, whole or in part; fewer cameras, as each costs more."""
+    """For the registry: 128 x 128 pixels of renders of 256 x 256, whole or in part, from fewer cameras."""
     return AnalyticPrior(cameras=120, image_size=128, detail=256)
 
 

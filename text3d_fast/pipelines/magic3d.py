@@ -1,0 +1,141 @@
+"""Magic3D (Lin et al., 2023): a coarse radiance field, then its surface as a textured mesh at high resolution.
+
+Coarse stage (section 4.1): a hash grid under low-resolution guidance. Fine stage (section 4.2): the field's surface on
+a deformable tetrahedral grid, its albedo as texture in space, under guidance at high resolution from longer focal
+lengths or of parts of the picture. Editing (section 5): a finished result goes on with another prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from text3d_fast.guidance import Prior, load_prior
+from text3d_fast.guidance.registry import DEFAULT_FINE
+from text3d_fast.pipelines.config import EditConfig, Magic3DConfig, RunConfig
+from text3d_fast.pipelines.mesh_stage import MeshStage
+from text3d_fast.pipelines.pipeline import Pipeline
+from text3d_fast.pipelines.recipes import Recipe, surface_recipe, volume_recipe
+from text3d_fast.pipelines.results import Result
+from text3d_fast.pipelines.run_folder import CONFIG, RunFolder
+from text3d_fast.pipelines.stage import Stage
+from text3d_fast.pipelines.volume_stage import VolumeStage
+
+# Of the steps that a result took, an edit takes at most this share.
+EDIT_SHARE = 0.3
+
+
+class CoarseStage(VolumeStage):
+    """A radiance field at 64 x 64: Magic3D's differences to DreamFusion are its settings (`config.CoarseConfig`)."""
+
+    name = "coarse"
+
+
+class FineStage(MeshStage):
+    """The coarse field's surface and texture, at high resolution."""
+
+    name = "fine"
+
+
+class EditStage(MeshStage):
+    """The fine stage of a finished result, gone on with another prompt."""
+
+    name = "edit"
+
+
+class Magic3D(Pipeline):
+    """Text to a textured mesh in two stages; arguments as `Pipeline`, and
+
+    fine_model   the prior of the fine stage, named like `model`. None: `model` itself; if that is not named either, the
+                 built-in pair: the learned Toybox prior in the coarse stage, its exact one in the fine stage
+    fine_prior   an own `guidance.Prior` for it instead; None with an own `prior`: that one
+
+    `run(..., stage="coarse")` runs the first stage alone, `run(..., stage="fine", start=FOLDER)` the second one from
+    a folder that holds a finished first one.
+    """
+
+    config_type: type[RunConfig] = Magic3DConfig
+    stages = (CoarseStage, FineStage)
+
+    def __init__(
+        self,
+        model: str | None = None,
+        device: str = "auto",
+        config: RunConfig | None = None,
+        prior: Prior | None = None,
+        settings: dict[str, Any] | None = None,
+        fine_model: str | None = None,
+        fine_prior: Prior | None = None,
+    ):
+        if fine_model is None and model is None and prior is None:
+            fine_model = DEFAULT_FINE
+        self.fine_model, self._fine_prior = fine_model or "", fine_prior
+        super().__init__(model, device, config, prior, settings)
+
+    @property
+    def fine_prior(self) -> Prior:
+        """The prior of the fine stage."""
+        if self._fine_prior is None:
+            self._fine_prior = load_prior(self.fine_model, self.device) if self.fine_model else self.prior
+        return self._fine_prior
+
+    def stage_prior(self, stage: type[Stage]) -> Prior:
+        return self.prior if stage is CoarseStage else self.fine_prior
+
+    def recipes(self) -> dict[str, Recipe]:
+        """What suits the priors, by stage."""
+        fine = surface_recipe(self.fine_prior)
+        return {kind.name: volume_recipe(self.prior) if kind is CoarseStage else fine for kind in self.stages}
+
+    def default_config(self) -> RunConfig:
+        settings = {f"{name}.{setting}": value for name, recipe in self.recipes().items()
+                    for setting, value in recipe.settings().items()}
+        return self.config_type(model=self.model, fine_model=self.fine_model).updated(settings)
+
+    def about(self) -> dict[str, Any]:
+        return {"guidance": {kind.name: self.stage_prior(kind).name for kind in self.stages}}
+
+
+class Edit(Magic3D):
+    """Magic3D's prompt-based editing: the fine stage of a finished result continues with another prompt."""
+
+    config_type = EditConfig
+    stages = (CoarseStage, FineStage, EditStage)
+
+    def about(self) -> dict[str, Any]:
+        return {"guidance": {EditStage.name: self.fine_prior.name}}
+
+
+def edit(
+    folder: str | Path,
+    prompt: str,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    callback: Callable[[int, Any], Any] | None = None,
+    resume: bool = False,
+    prior: Prior | None = None,
+    fine_prior: Prior | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Result:
+    """Continue from the finished Magic3D result in `folder` with a changed prompt; what it does not change stays.
+
+    steps   at most 30 % of the result's own, which is the default; out, callback, resume as `Pipeline.run`
+    prior, fine_prior   own ones, if the result was made with own ones; settings of the stage: {"edit.size": 128}
+
+    The surface and texture start from those of the result; views, sizes and rates are those of its fine stage, at half
+    of its largest noise so that what fits the prompt is left alone. Raises what `Pipeline.run` raises, OutputError if
+    the folder holds no finished result of Magic3D.
+    """
+    saved = RunFolder(folder).saved_config(Magic3DConfig)
+    most = max(1, int(EDIT_SHARE * saved.total_steps()))
+    if steps is not None and not 1 <= steps <= most:
+        raise ValueError(f"steps: expected 1 to {most}, {EDIT_SHARE:.0%} of the result's, got {steps}")
+    config = EditConfig.from_yaml(saved.to_yaml(), str(Path(folder) / CONFIG))
+    config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
+    config = config.updated({"pipeline": "edit", "edit.steps": steps or most, **(settings or {})})
+    pipeline = Edit(config.model if prior is None else None, device, config, prior,
+                    fine_model=config.fine_model or None, fine_prior=fine_prior)
+    return pipeline.run(prompt, seed=config.seed, out=out, callback=callback, resume=resume, stage=EditStage.name,
+                        start=folder)

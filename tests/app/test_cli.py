@@ -89,7 +89,8 @@ def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
 @pytest.mark.parametrize("words, message", [
     (["a red mugg", "--model", "analytic"], "did you mean 'mug'"),
     (["a red mugg", "--model", "analytic"], "objects: ball, cube"),
-    (["a red mug", "--pipeline", "magic3d"], "magic3d does not exist yet"),
+    (["a red mug", "--pipeline", "prolificdreamer"], "prolificdreamer does not exist yet"),
+    (["a red mug", "--fine-model", "analytic"], "--fine-model: only --pipeline magic3d has a fine stage"),
     (["a red mug", "--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     (["a red mug", "--model", "analytic", "--set", "guidance.weigth=3"], "guidance.weigth"),
     (["a red mug", "--model", "analytic", "--set", "nonsense"], "NAME=VALUE"),
@@ -136,3 +137,24 @@ def test_benchmark_table(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"benchmarks": [{"name": "n", "group": "g", "stats": stats}]}))
     cli.write_benchmark_csv(tmp_path / "b.json", tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_text().splitlines()[1] == "n,g,1.0,2.0,2.5,0.1,3"
+
+
+def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
+    from text3d_fast.pipelines import magic3d, mesh_stage
+
+    asked = []
+    monkeypatch.setattr(magic3d, "load_prior", lambda model, device: asked.append(model) or RedBall())
+    monkeypatch.setattr(mesh_stage, "choose_threshold", lambda *_: ("auto", 1.0))
+    run = ("mesh_resolution", "preview_every", "checkpoint_every")
+    small = [text if text.startswith(run) else f"coarse.{text}" for text in SMALL[1:]]
+    small = ["--set", *small, "fine.steps=10", "fine.size=24", "fine.surface.resolution=16"]
+    out = tmp_path / "run"
+    assert cli.main(["generate", "a ball", "--pipeline", "magic3d", "--out", str(out), *small]) == 0
+    figures = json.loads((out / "result.json").read_text())
+    assert figures["guidance"] == {"coarse": "red ball", "fine": "red ball"} and asked == ["analytic-fine"]
+    assert cli.main(["edit", str(out), "a red ball", "--out", str(tmp_path / "edit")]) == 0
+    edited = json.loads((tmp_path / "edit" / "result.json").read_text())
+    assert edited["edited"] == str(out) and edited["steps"] == 3 and edited["prompt"] == "a red ball"
+    capsys.readouterr()
+    assert cli.main(["edit", str(tmp_path / "edit-of-nothing"), "a ball"]) == cli.USER_ERROR
+    assert "config.yaml" in capsys.readouterr().err

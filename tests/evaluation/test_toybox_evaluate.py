@@ -137,3 +137,26 @@ def test_default_methods():
     ]  # fmt: skip
     assert all(parse(prompt) for prompt in evaluate.PROMPTS)
     assert set(evaluate.QUICK_PROMPTS) <= set(evaluate.PROMPTS)
+
+
+def test_magic3d_is_judged_by_stage(tmp_path, monkeypatch):
+    """The fine stage begins in the folder that the coarse one left; each is a method of its own."""
+    from text3d_fast import pipelines
+
+    asked = []
+
+    class Pipeline:
+        def __init__(self, model, device, settings=None):
+            assert model is None
+
+        def run(self, prompt, steps, seed, folder, callback, resume, stage, start):
+            asked.append((stage, start))
+            return SimpleNamespace(mesh=stage, metrics={})
+
+    monkeypatch.setattr(pipelines, "Magic3D", Pipeline, raising=False)
+    make = evaluate.magic3d("cpu")
+    coarse, fine = evaluate.magic3d_methods()
+    places = [tmp_path / "runs" / method.slug / "a-red-mug-0-default" for method in (coarse, fine)]
+    for method, place in zip((coarse, fine), places, strict=True):
+        assert make(method, "a red mug", 0, None, place, lambda *_: None)[0] == method.stage
+    assert asked == [("coarse", None), ("fine", places[0])]

@@ -1,6 +1,8 @@
 """Magic3D on a tiny prior: both stages, alone and together, resumed, stepped back, edited, and its command line."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from red_ball import TINY, RedBall
 
 from text3d_fast.errors import CheckpointError, EmptyMesh, Interrupted, OutputError
 from text3d_fast.pipelines import Magic3D, Magic3DConfig
-from text3d_fast.pipelines.magic3d import edit
+from text3d_fast.pipelines.magic3d import Edit
 from text3d_fast.pipelines.mesh_stage import remove_loose_parts
 from text3d_fast.scene.cameras import Cameras
 
@@ -20,16 +22,18 @@ SETTINGS = {name if name in RUN else f"coarse.{name}": value for name, value in 
 }
 
 
-@pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
     """Pictures of a finished run are tested on their own; here they would take most of the time."""
     from text3d_fast.pipelines import mesh_stage, pictures, results, surface
 
     choose = surface.choose_threshold
-    for module in (surface, mesh_stage):
-        monkeypatch.setattr(module, "choose_threshold", lambda *args: choose(*args, 16))
-    monkeypatch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
-    monkeypatch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (surface, mesh_stage):
+            patch.setattr(module, "choose_threshold", lambda *args: choose(*args, 16))
+        patch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
+        patch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
+        yield
 
 
 class BlueBall(RedBall):
@@ -43,19 +47,16 @@ def pipeline(prior=None, **settings):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, few_pictures):
     """A whole run in a folder."""
     folder = tmp_path_factory.mktemp("magic3d") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        few_pictures.__wrapped__(patch) if hasattr(few_pictures, "__wrapped__") else None
-        result = pipeline().run("a ball", out=folder)
-    return folder, result
+    return folder, pipeline().run("a ball", out=folder)
 
 
 def test_both_stages_make_a_red_ball(finished):
     folder, result = finished
-    names = {path.name for path in folder.iterdir()}
-    assert {"mesh.glb", "views.png", "result.json", "config.yaml", "coarse.safetensors", "checkpoint.safetensors"} <= names
+    for name in ("mesh.glb", "views.png", "result.json", "config.yaml", "coarse.safetensors", "checkpoint.safetensors"):
+        assert (folder / name).is_file()
     figures = json.loads((folder / "result.json").read_text())
     assert figures["status"] == "done" and figures["pipeline"] == "magic3d" and figures["steps"] == 12
     assert figures["guidance"] == {"coarse": "red ball", "fine": "red ball"}
@@ -83,9 +84,6 @@ def test_resume_is_exact_in_either_stage(finished, tmp_path, stop):
 
     def interrupt(step, state):
         if (state.stage.name, step) == stop:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
@@ -147,15 +145,15 @@ def test_loose_parts_and_cavities_go():
 def test_editing_changes_what_the_prompt_changes(finished, tmp_path):
     folder, before = finished
     settings = {"edit.optimizer.grid": 0.2, "edit.optimizer.network": 0.1}
-    after = edit(folder, "a blue ball", out=tmp_path / "edit", prior=BlueBall(), settings=settings)
+    after = Edit(folder, "cpu", BlueBall(), settings=settings).run("a blue ball", out=tmp_path / "edit")
     assert after.metrics["steps"] == 12 and after.config.prompt == "a blue ball"  # 30 % of 42
     assert after.mesh.colors[:, 2].mean() > after.mesh.colors[:, 0].mean()
     sizes = [mesh.vertices.amax(0) - mesh.vertices.amin(0) for mesh in (before.mesh, after.mesh)]
     torch.testing.assert_close(*sizes, atol=0.1, rtol=0)
     with pytest.raises(ValueError, match="steps: expected 1 to 12, 30% of the result's, got 13"):
-        edit(folder, "a blue ball", steps=13, prior=BlueBall())
+        Edit(folder, "cpu", BlueBall()).run("a blue ball", 13)
     with pytest.raises(OutputError):
-        edit(tmp_path / "nothing", "a blue ball", prior=BlueBall())
+        Edit(tmp_path / "nothing", "cpu", BlueBall())
 
 
 def test_coarse_defaults_are_the_papers():

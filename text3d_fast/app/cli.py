@@ -1,4 +1,4 @@
-"""The command line: text3d-fast generate | view | evaluate | bench | doctor.
+"""The command line: text3d-fast generate | edit | view | evaluate | bench | doctor.
 
 Imports here are light, so that --help answers at once; torch comes with the command that needs it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,16 +32,26 @@ class Generate:
 
       text3d-fast generate "a blue chair" --model analytic --steps 300
 
+      text3d-fast generate "a red mug" --pipeline magic3d
+
       text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
     """
 
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
     """What to make. The built-in model knows a small world: "a red mug", "a striped ball on a blue cube"."""
     pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
-    """The method; only dreamfusion exists so far."""
+    """The method. magic3d makes a coarse volume, then refines its surface as a textured mesh at higher resolution;
+    prolificdreamer does not exist yet."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for
-    the learned built-in one, the default; "analytic" for the exact built-in one, which is quicker."""
+    the learned built-in one, the default; "analytic" for the exact built-in one, which is quicker. Without it, magic3d
+    takes the learned one in its coarse stage and the exact one, at 128 of 256 pixels, in its fine stage."""
+    fine_model: Annotated[str | None, arg(metavar="MODEL")] = None
+    """magic3d: another prior for the fine stage; by default MODEL for both, if it is given."""
+    stage: Annotated[str | None, arg(metavar="NAME")] = None
+    """Run only this stage of the pipeline: coarse or fine of magic3d."""
+    start: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Begin after the stage that a run in DIR has finished."""
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Steps of optimization; the default depends on the model."""
     seed: int = 0
@@ -59,6 +70,37 @@ class Generate:
     """CPU threads; by default what torch chooses."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
     """Other settings by their names in config.yaml, e.g. --set guidance.weight=7.5 field.levels=12."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass
+class Edit:
+    """Change a finished result of magic3d with another prompt; what that does not change stays.
+
+    Takes at most 30 % of the steps that the result took, with its priors and settings.
+
+    Example:
+
+      text3d-fast edit runs/a-red-mug "a blue mug"
+    """
+
+    folder: Positional[Annotated[Path, arg(metavar="RESULT_DIR")]]
+    """What `generate --pipeline magic3d` wrote."""
+    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    """What to make of it."""
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Steps of optimization; by default as many as may be."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The folder for the results; by default runs/PROMPT."""
+    resume: bool = False
+    """Go on from the checkpoint in OUT."""
+    threads: Annotated[int | None, arg(metavar="N")] = None
+    """CPU threads; by default what torch chooses."""
+    set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
+    """Other settings by their names in config.yaml, e.g. --set edit.guidance.weight=7.5."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -122,6 +164,8 @@ class Evaluate:
 
     quick: bool = False
     """A part of the suite, at most 20 minutes on 2 CPU cores: 4 prompts, seed 0, 300 steps."""
+    pipeline: Literal["dreamfusion", "magic3d"] = "dreamfusion"
+    """magic3d: the mesh of its coarse stage beside that of its fine stage, with the camera given."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The prior to measure beside the analytic one; as for generate, by default "toybox"."""
     camera_only: bool = False
@@ -158,13 +202,13 @@ class Doctor:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "view": View, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
+        {"generate": Generate, "edit": Edit, "view": View, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
         prog="text3d-fast",
         description="Text to 3D with 2D diffusion models, with and without a GPU.",
         args=arguments,
         config=(FlagCreatePairsOff,),
     )
-    run = {Generate: generate, View: view, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
+    run = {Generate: generate, Edit: edit, View: view, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
     try:
         return run(command)
     except KeyboardInterrupt:
@@ -173,8 +217,44 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: Generate) -> int:
-    if options.pipeline != "dreamfusion":
-        return fail(f"--pipeline {options.pipeline} does not exist yet; --pipeline dreamfusion does")
+    if options.pipeline == "prolificdreamer":
+        return fail(f"--pipeline {options.pipeline} does not exist yet; dreamfusion and magic3d do")
+    if options.fine_model is not None and options.pipeline != "magic3d":
+        return fail("--fine-model: only --pipeline magic3d has a fine stage")
+    from text3d_fast import backends, pipelines
+
+    kind = {"dreamfusion": pipelines.DreamFusion, "magic3d": pipelines.Magic3D}[options.pipeline]
+
+    def make(settings: dict):
+        backends.use_backend(options.backend)
+        if options.no_camera:
+            several = len(kind.stages) > 1
+            settings |= {f"{stage.name}.guidance.camera" if several else "guidance.camera": False
+                         for stage in kind.stages}
+        further = {} if options.fine_model is None else {"fine_model": options.fine_model}
+        return kind(options.model, options.device, settings=settings, **further)
+
+    def run(pipeline, out, progress):
+        return pipeline.run(options.prompt, options.steps, options.seed, out, progress.step, options.resume,
+                            options.stage, options.start)
+
+    return optimize(options, make, run)
+
+
+def edit(options: Edit) -> int:
+    from text3d_fast.pipelines import magic3d
+
+    def make(settings: dict):
+        return magic3d.Edit(options.folder, options.device, settings=settings)
+
+    def run(pipeline, out, progress):
+        return pipeline.run(options.prompt, options.steps, out, progress.step, options.resume)
+
+    return optimize(options, make, run)
+
+
+def optimize(options: Generate | Edit, make: Callable, run: Callable) -> int:
+    """make(settings) a pipeline, run(pipeline, out, progress) it, and say what came of it."""
     if options.steps is not None and options.steps < 1:
         return fail(f"--steps: expected a positive number, got {options.steps}")
     try:
@@ -183,21 +263,16 @@ def generate(options: Generate) -> int:
         return fail(str(error))
     import torch
 
-    from text3d_fast import backends
     from text3d_fast.app.progress import Progress
     from text3d_fast.errors import EmptyMesh, Interrupted, OutputError
-    from text3d_fast.pipelines import DreamFusion
 
     out = options.out or default_folder(options.prompt, options.resume)
     if options.threads is not None:
         torch.set_num_threads(max(1, options.threads))
     try:
-        backends.use_backend(options.backend)
-        if options.no_camera:
-            settings["guidance.camera"] = False
-        pipeline = DreamFusion(options.model, options.device, settings=settings)
+        pipeline = make(settings)
         with Progress(pipeline, options.prompt, options.steps, quiet=options.quiet) as progress:
-            result = pipeline.run(options.prompt, options.steps, options.seed, out, progress.step, options.resume)
+            result = run(pipeline, out, progress)
     except Interrupted as stop:
         again = resume_command(options, out)
         print(f"\nStopped after step {stop.step}; everything is saved in {out}. To go on:\n  {again}", file=sys.stderr)
@@ -319,14 +394,15 @@ def default_folder(prompt: str, resume: bool, root: Path = Path("runs")) -> Path
     return newest if resume and number > 1 else folder
 
 
-def resume_command(options: Generate, out: Path) -> str:
+def resume_command(options: Generate | Edit, out: Path) -> str:
     """The command line that continues this run."""
     import shlex
 
-    words = ["text3d-fast", "generate", options.prompt, "--resume", "--out", str(out)]
+    what = ["edit", str(options.folder)] if isinstance(options, Edit) else ["generate"]
+    words = ["text3d-fast", *what, options.prompt, "--resume", "--out", str(out)]
     for entry in dataclasses.fields(options):
         value = getattr(options, entry.name)
-        if entry.name in ("prompt", "resume", "out", "set") or value in (entry.default, None):
+        if entry.name in ("folder", "prompt", "resume", "out", "set") or value in (entry.default, None):
             continue
         name = "--" + entry.name.replace("_", "-")
         words += [name] if value is True else [name, str(value)]

@@ -45,7 +45,8 @@ class Progress:
             loss = float(state.loss)
             self.loss = loss if self.loss == 0 else 0.8 * self.loss + 0.2 * loss
             fields = {"loss": f"{self.loss:.4f}", "rate": f"{state.rate:.1f}"}
-        self.bar.update(self.task, completed=step, total=state.stage.config.steps, **fields)
+        self.bar.update(self.task, description=state.stage.name, completed=step, total=state.stage.config.steps,
+                        **fields)
 
     def summary(self, result: Result) -> None:
         metrics, figures = result.metrics, result.metrics["metrics"]

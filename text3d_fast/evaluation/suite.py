@@ -51,11 +51,14 @@ _DOWN = ("normal_error", "color_error")
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make meshes: a prior, and whether it is given the camera."""
+    """One way to make meshes: a prior (None: the pipeline's own choice), whether it is given the camera, and the stage
+    of a pipeline of several whose mesh it is.
+    """
 
     name: str
-    model: str
+    model: str | None
     camera: bool
+    stage: str | None = None
 
     @property
     def slug(self) -> str:
@@ -77,6 +80,11 @@ def default_methods(model: str | None = None, quick: bool = False) -> list[Metho
     return (analytic[:1] if quick else analytic) + both
 
 
+def magic3d_methods(model: str | None = None) -> list[Method]:
+    """The mesh of the coarse stage, and the one that the fine stage makes of the same volume."""
+    return [Method(f"magic3d, {stage}", model, True, stage) for stage in ("coarse", "fine")]
+
+
 Make = Callable[[Method, str, int, "int | None", Path, Callable[[int, int], Any]], tuple[Any, dict]]
 
 
@@ -95,6 +103,28 @@ def dreamfusion(device: str = "auto") -> Make:
         if not resume and folder.exists():
             shutil.rmtree(folder)  # begun, but nothing in it to go on from
         result = pipeline.run(prompt, total, seed, folder, lambda step, _: tick(step, total), resume)
+        return result.mesh, result.metrics
+
+    return make
+
+
+def magic3d(device: str = "auto", settings: dict[str, Any] | None = None) -> Make:
+    """Makes meshes with either stage of Magic3D; the fine one begins with what the coarse one left beside it."""
+    from text3d_fast.pipelines import Magic3D
+
+    kept: dict[str | None, Magic3D] = {}
+
+    def make(method, prompt, seed, steps, folder, tick) -> tuple[Any, dict]:
+        if method.model not in kept:
+            kept[method.model] = Magic3D(method.model, device, settings=settings)
+        pipeline = kept[method.model]
+        resume = (folder / "checkpoint.safetensors").is_file()
+        if not resume and folder.exists():
+            shutil.rmtree(folder)
+        coarse = next(m for m in magic3d_methods(method.model) if m.stage == "coarse")
+        start = None if method.stage == "coarse" else folder.parents[1] / coarse.slug / folder.name
+        result = pipeline.run(prompt, steps, seed, folder, lambda step, state: tick(step, state.stage.config.steps),
+                              resume, method.stage, start)
         return result.mesh, result.metrics
 
     return make
@@ -382,12 +412,16 @@ def main(options: Any) -> int:
 
     from text3d_fast.errors import OutputError
 
-    methods = default_methods(options.model, options.quick)
+    make = None
+    if options.pipeline == "magic3d":
+        methods, make = magic3d_methods(options.model), magic3d(options.device)
+    else:
+        methods = default_methods(options.model, options.quick)
     if options.camera_only:
         methods = [method for method in methods if method.camera]
     try:
         result = run(options.out, methods=methods, prompts=options.prompts, seeds=options.seeds, steps=options.steps,
-                     quick=options.quick, device=options.device)
+                     quick=options.quick, device=options.device, make=make)
     except KeyboardInterrupt:
         print(f"Stopped; the same command goes on with what is in {options.out}.", file=sys.stderr)
         return 130

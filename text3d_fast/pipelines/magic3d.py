@@ -7,7 +7,6 @@ lengths or of parts of the picture. Editing (section 5): a finished result goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from text3d_fast.pipelines.recipes import Recipe, surface_recipe, volume_recipe
 from text3d_fast.pipelines.results import Result
 from text3d_fast.pipelines.run_folder import CONFIG, RunFolder
 from text3d_fast.pipelines.stage import Stage
+from text3d_fast.pipelines.trainer import Callback
 from text3d_fast.pipelines.volume_stage import VolumeStage
 
 # Of the steps that a result took, an edit takes at most this share.
@@ -98,44 +98,52 @@ class Magic3D(Pipeline):
 
 
 class Edit(Magic3D):
-    """Magic3D's prompt-based editing: the fine stage of a finished result continues with another prompt."""
+    """Magic3D's prompt-based editing: a finished result goes on with a changed prompt, and what that does not change
+    stays.
+
+    folder   of a finished Magic3D result, whose own settings, priors and seed hold
+    prior, fine_prior   own ones, if the result was made with own ones
+    settings of the stage: {"edit.size": 128}
+
+    Surface and texture start from those of the result; views, sizes and rates are those of its fine stage. Raises
+    OutputError if the folder holds no result of Magic3D.
+    """
 
     config_type = EditConfig
     stages = (CoarseStage, FineStage, EditStage)
 
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str = "auto",
+        prior: Prior | None = None,
+        fine_prior: Prior | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
+        self.folder = Path(folder)
+        saved = RunFolder(folder).saved_config(Magic3DConfig)
+        self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps()))
+        config = EditConfig.from_yaml(saved.to_yaml(), str(self.folder / CONFIG))
+        config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
+        config = config.updated({"pipeline": "edit", "edit.steps": self.most_steps})
+        super().__init__(saved.model if prior is None else None, device, config, prior, settings,
+                         saved.fine_model or None, fine_prior)
+
+    def run(
+        self,
+        prompt: str,
+        steps: int | None = None,
+        out: str | Path | None = None,
+        callback: Callback | None = None,
+        resume: bool = False,
+    ) -> Result:
+        """As `Pipeline.run`; steps: at most 30 % of the result's own, which is the default."""
+        if steps is not None:
+            if not 1 <= steps <= self.most_steps:
+                raise ValueError(f"steps: expected 1 to {self.most_steps}, {EDIT_SHARE:.0%} of the result's, "
+                                 f"got {steps}")
+            self.config = self.config.updated({"edit.steps": steps})
+        return super().run(prompt, None, self.config.seed, out, callback, resume, EditStage.name, self.folder)
+
     def about(self) -> dict[str, Any]:
-        return {"guidance": {EditStage.name: self.fine_prior.name}}
-
-
-def edit(
-    folder: str | Path,
-    prompt: str,
-    steps: int | None = None,
-    out: str | Path | None = None,
-    device: str = "auto",
-    callback: Callable[[int, Any], Any] | None = None,
-    resume: bool = False,
-    prior: Prior | None = None,
-    fine_prior: Prior | None = None,
-    settings: dict[str, Any] | None = None,
-) -> Result:
-    """Continue from the finished Magic3D result in `folder` with a changed prompt; what it does not change stays.
-
-    steps   at most 30 % of the result's own, which is the default; out, callback, resume as `Pipeline.run`
-    prior, fine_prior   own ones, if the result was made with own ones; settings of the stage: {"edit.size": 128}
-
-    The surface and texture start from those of the result; views, sizes and rates are those of its fine stage, at half
-    of its largest noise so that what fits the prompt is left alone. Raises what `Pipeline.run` raises, OutputError if
-    the folder holds no finished result of Magic3D.
-    """
-    saved = RunFolder(folder).saved_config(Magic3DConfig)
-    most = max(1, int(EDIT_SHARE * saved.total_steps()))
-    if steps is not None and not 1 <= steps <= most:
-        raise ValueError(f"steps: expected 1 to {most}, {EDIT_SHARE:.0%} of the result's, got {steps}")
-    config = EditConfig.from_yaml(saved.to_yaml(), str(Path(folder) / CONFIG))
-    config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
-    config = config.updated({"pipeline": "edit", "edit.steps": steps or most, **(settings or {})})
-    pipeline = Edit(config.model if prior is None else None, device, config, prior,
-                    fine_model=config.fine_model or None, fine_prior=fine_prior)
-    return pipeline.run(prompt, seed=config.seed, out=out, callback=callback, resume=resume, stage=EditStage.name,
-                        start=folder)
+        return {"guidance": {EditStage.name: self.fine_prior.name}, "edited": str(self.folder)}

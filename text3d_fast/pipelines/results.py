@@ -52,12 +52,12 @@ def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any]) -> Res
     pictures = [views(asset.mesh, stage.config.cameras) for asset in solid or assets[:1]]
     if folder is not None:
         _write(folder, stage, solid, pictures)
-    spent = time.perf_counter() - started
+    spent, optimization = time.perf_counter() - started, stage.seconds_before + stage.seconds
     metrics = {
         "status": "done" if solid else "empty", "pipeline": run.pipeline,
         "prompt": run.prompt, "model": run.model, "seed": run.seed, "steps": stage.step_done, **about,
-        "seconds": {"optimization": round(stage.seconds, 2), "export": round(spent, 2),
-                    "total": round(stage.seconds + spent, 2)},
+        "seconds": {"optimization": round(optimization, 2), "export": round(spent, 2),
+                    "total": round(optimization + spent, 2)},
         "seconds_per_step": round(stage.seconds / max(stage.step_done, 1), 4),
         "peak_memory_bytes": peak_memory(stage.device), "device": device_name(stage.device),
         "threads": run.threads, "metrics": (solid or assets)[0].figures,

@@ -46,7 +46,7 @@ class Stage(ABC):
     """One optimization. A pipeline is a list of them, each built from the finished one before it.
 
     config     the stage's own settings; `run` those of the whole run
-    step_done  steps done; seconds  spent on them
+    step_done  steps done; seconds  spent on them, and seconds_before on the stages before
     generator  the one source of random numbers, on the CPU, so that a GPU run draws the same cameras; `index` (the
                place in the pipeline) keeps those of the stages apart
     """
@@ -59,6 +59,7 @@ class Stage(ABC):
     ):
         self.config, self.run, self.prior, self.device = config, run, prior, torch.device(device)
         self.step_done, self.seconds = 0, 0.0
+        self.seconds_before = 0.0 if previous is None else previous.seconds_before + previous.seconds
         self.generator = torch.Generator().manual_seed(run.seed + 1000 * index)
         self.build(previous)
 

@@ -35,8 +35,8 @@ def load(device: torch.device) -> AnalyticPrior:
 
 
 def load_fine(device: torch.device) -> AnalyticPrior:
-    """For the registry: 128 x 128 pixels of renders of 256 x 256, whole or in part, from fewer cameras."""
-    return AnalyticPrior(cameras=120, image_size=128, detail=256)
+    """For the registry: 128 x 128 pixels of renders of 256 x 256, whole or in part: 120 of the middle of the family."""
+    return AnalyticPrior(members=1, cameras=120, image_size=128, detail=256)
 
 
 class AnalyticPrior(Prior):

@@ -24,6 +24,11 @@
   TEXT3D_ENTRY(hash_grid_backward, HashGridBackwardParams)              \
   TEXT3D_ENTRY(hash_grid_second, HashGridSecondParams)                  \
                                                                         \
+  /* mlp */                                                             \
+  TEXT3D_ENTRY(mlp_forward, MLPForwardParams)                           \
+  TEXT3D_ENTRY(mlp_backward, MLPBackwardParams)                         \
+  TEXT3D_ENTRY(mlp_second, MLPSecondParams)                             \
+                                                                        \
   /* occupancy, march, composite */                                     \
   TEXT3D_ENTRY(march_rays_count, MarchRaysParams)                       \
   TEXT3D_ENTRY(march_rays_emit, MarchRaysParams)                        \
@@ -52,9 +57,6 @@
 
 // no CUDA kernels yet
 #define TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)                                \
-  TEXT3D_ENTRY(mlp_forward, MLPForwardParams)                           \
-  TEXT3D_ENTRY(mlp_backward, MLPBackwardParams)                         \
-  TEXT3D_ENTRY(mlp_second, MLPSecondParams)                             \
   TEXT3D_ENTRY(render_field_forward, RenderFieldForwardParams)          \
   TEXT3D_ENTRY(render_field_backward, RenderFieldBackwardParams)        \
 // clang-format on

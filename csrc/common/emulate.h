@@ -73,10 +73,15 @@ struct Fiber {
   bool done = false;
 };
 
+struct Fragment {  // of the operands of an mma instruction, of one lane
+  uint32_t a[4], b[2];
+};
+
 struct Block {
   static constexpr std::size_t kStack = 64 << 10;
   std::vector<Fiber> fibers;
   std::vector<uint64_t> slots;  // one exchange slot a thread, for warp operations
+  std::vector<Fragment> fragments;
   std::unordered_map<const void*, std::vector<uint64_t>> shared;
   std::vector<uint64_t> dynamic_shared;
   ucontext_t scheduler;
@@ -148,6 +153,7 @@ inline void run_block(std::size_t dynamic_bytes) {
   block->shared.clear();
   block->dynamic_shared.assign(dynamic_bytes / 8 + 1, 0x7ff8dead7fc0deadull);  // NaN as a double and as two floats
   block->slots.assign(threads, 0);
+  block->fragments.resize(threads);
   const auto sequence = order(int64_t(threads));
   for (std::size_t i = 0; i < threads; ++i) {
     Fiber& fiber = block->fibers[i];
@@ -273,6 +279,57 @@ inline T reduce(unsigned mask, T value, const char* file, int line, const Combin
     }
     return total;
   });
+}
+
+// Roundings and products of tensor cores.
+inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline uint32_t round_tf32(float x) {
+  const uint32_t u = bits_of(x);
+  return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & ~0x1fffu;
+}
+inline uint32_t round_half(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, u = bits & 0x7fffffffu;
+  if (u >= 0x477ff000u) return sign | (u > 0x7f800000u ? 0x7e00u : 0x7c00u);
+  if (u < 0x38800000u) return sign | uint32_t(std::nearbyint(float_of(u) * 16777216.f));
+  return sign | (u + 0xfffu + (u >> 13 & 1u) - 0x38000000u) >> 13;
+}
+inline uint32_t round_bfloat16(float x) {
+  const uint32_t u = bits_of(x);
+  return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+}
+inline uint32_t round_pair(bool half, float low, float high) {
+  return half ? round_half(low) | round_half(high) << 16 : round_bfloat16(low) | round_bfloat16(high) << 16;
+}
+inline float from_half(uint32_t bits) {
+  const float magnitude = float_of((bits & 0x7fffu) << 13) * 5.192296858534828e33f;  // 2^112
+  const float value = (bits & 0x7c00u) == 0x7c00u ? float_of((bits & 0x3ffu) << 13 | 0x7f800000u) : magnitude;
+  return bits & 0x8000u ? -value : value;
+}
+
+// kind: 0 tf32 (k of 8), 1 half, 2 bfloat16 (k of 16)
+inline void mma(int kind, float* d, const uint32_t* a, const uint32_t* b, const char* file, int line) {
+  Fragment& own = block->fragments[block->current];
+  std::memcpy(own.a, a, sizeof own.a), std::memcpy(own.b, b, sizeof own.b);
+  wait(~0u, file, line);
+  const Fragment* lanes = &block->fragments[warp_begin()];
+  const unsigned g = lane() / 4, t = lane() % 4;
+  const auto read = [&](const uint32_t* registers, unsigned k) {  // of the lane that has it
+    if (kind == 0) return float_of(registers[0]);
+    const uint32_t bits = registers[0] >> (k % 2 * 16) & 0xffffu;
+    return kind == 1 ? from_half(bits) : float_of(bits << 16);
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
+    double sum = d[i];
+    for (unsigned k = 0; k < (kind == 0 ? 8u : 16u); ++k) {
+      const unsigned place = kind == 0 ? k % 4 : k % 8 / 2, part = kind == 0 ? k / 4 : k / 8;
+      sum += double(read(&lanes[row % 8 * 4 + place].a[row / 8 + 2 * part], k)) *
+             double(read(&lanes[column * 4 + place].b[part], k));
+    }
+    d[i] = float(sum);
+  }
+  wait(~0u, file, -line);
 }
 
 // Fibers switch only at barriers, so a plain read-modify-write is atomic.

@@ -29,8 +29,9 @@ struct MLPForwardParams {
   const float* weights;  // [num_params]
   float* y;              // [N, outputs]
   int64_t points;
+  int32_t dtype;         // CUDA: of what products multiply, 0 float32, 1 float16, 2 bfloat16
   MLPLayout layout;
-  auto fields() { return std::tie(x, weights, y, points, TEXT3D_MLP_LAYOUT(layout)); }
+  auto fields() { return std::tie(x, weights, y, points, dtype, TEXT3D_MLP_LAYOUT(layout)); }
 };
 
 struct MLPBackwardParams {
@@ -39,9 +40,14 @@ struct MLPBackwardParams {
   const float* weights;  // [num_params]
   float* grad_x;         // [N, inputs], or null: not wanted
   float* grad_weights;   // [num_params], or null
+  float* partial;        // CUDA: room [blocks, num_params], if grad_weights are wanted
+  int32_t blocks;
   int64_t points;
+  int32_t dtype;         // CUDA: of what products multiply, 0 float32, 1 float16, 2 bfloat16
   MLPLayout layout;
-  auto fields() { return std::tie(grad_y, x, weights, grad_x, grad_weights, points, TEXT3D_MLP_LAYOUT(layout)); }
+  auto fields() {
+    return std::tie(grad_y, x, weights, grad_x, grad_weights, partial, blocks, points, dtype, TEXT3D_MLP_LAYOUT(layout));
+  }
 };
 
 // Gradient of the backward pass, given cotangents of its two results.
@@ -54,12 +60,15 @@ struct MLPSecondParams {
   float* grad_grad_y;              // [N, outputs], or null
   float* grad_x;                   // [N, inputs], or null
   float* grad_weights;             // [num_params], or null
+  float* partial;                  // CUDA, as above
+  int32_t blocks;
   int64_t points;
+  int32_t dtype;                   // CUDA, as above
   MLPLayout layout;
   const float* cotangent_y = nullptr;  // for other kernels: [N, outputs], f_L: adds the gradients of <cotangent_y, y>
   auto fields() {
-    return std::tie(cotangent_x, cotangent_weights, grad_y, x, weights, grad_grad_y, grad_x, grad_weights, points,
-                    TEXT3D_MLP_LAYOUT(layout));
+    return std::tie(cotangent_x, cotangent_weights, grad_y, x, weights, grad_grad_y, grad_x, grad_weights, partial,
+                    blocks, points, dtype, TEXT3D_MLP_LAYOUT(layout));
   }
 };
 

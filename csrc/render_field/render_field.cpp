@@ -102,23 +102,33 @@ void world_gradient(const RenderFieldInputs& in, const float* x, const float* by
   add_blob_gradient(in.layout, x, gradient);
 }
 
-// What a sample adds: body(k, position, network's output, d raw / dx, raw density, opacity of the sample)
+// What the samples of a ray add: body(k, position, albedo, d raw / dx, opacity, slope of the density), in order. The
+// functions of the network's outputs come first, in loops that the compiler vectorizes.
 template <class Body>
 void walk(const RenderFieldInputs& in, const OpenRay& r, const Round& round, const Body& body) {
-  float raw[kLongBlock], alpha[kLongBlock];
-  for (int64_t k = 0; k < r.count; ++k) {
-    const int64_t i = r.first + k;
-    raw[k] = round.out[4 * i] + field_blob(in.layout, round.position + 3 * i);
-  }
+  const FieldLayout& l = in.layout;
   const float* starts = in.t_starts + r.next;
   const float* ends = in.t_ends + r.next;
-  for (int64_t k = 0; k < r.count; ++k)
-    alpha[k] = opacity_of(field_density(in.layout, raw[k]) * (ends[k] - starts[k]));
-  for (int64_t k = 0; k < r.count; ++k) {
-    const int64_t i = r.first + k;
+  const float* out = round.out + 4 * r.first;
+  const float* x = round.position + 3 * r.first;
+  float raw[kLongBlock], alpha[kLongBlock], slope[kLongBlock], albedo[3 * kLongBlock];
+  const int64_t count = r.count;
+  for (int64_t k = 0; k < count; ++k) raw[k] = out[4 * k] + field_blob(l, x + 3 * k);
+  if (l.exponential) {
+    for (int64_t k = 0; k < count; ++k) alpha[k] = l.sharpness * exp_of(min_of(15.f, raw[k]));
+    for (int64_t k = 0; k < count; ++k) slope[k] = raw[k] <= 15.f ? alpha[k] : 0.f;
+  } else {
+    for (int64_t k = 0; k < count; ++k) alpha[k] = l.sharpness * activation_value(kSoftplus, raw[k]);
+    for (int64_t k = 0; k < count; ++k) slope[k] = l.sharpness * sigmoid_of(raw[k]);
+  }
+  for (int64_t k = 0; k < count; ++k) alpha[k] = opacity_of(alpha[k] * (ends[k] - starts[k]));
+  for (int64_t k = 0; k < count; ++k)
+    for (int c = 0; c < 3; ++c) albedo[3 * k + c] = out[4 * k + 1 + c];
+  for (int64_t k = 0; k < 3 * count; ++k) albedo[k] = sigmoid_of(albedo[k]);
+  for (int64_t k = 0; k < count; ++k) {
     float gradient[3] = {};
-    if (in.normals) world_gradient(in, round.position + 3 * i, round.gradient + 3 * i, gradient);
-    body(k, round.position + 3 * i, round.out + 4 * i, gradient, raw[k], alpha[k]);
+    if (in.normals) world_gradient(in, x + 3 * k, round.gradient + 3 * (r.first + k), gradient);
+    body(k, x + 3 * k, albedo + 3 * k, gradient, alpha[k], slope[k]);
   }
 }
 
@@ -180,12 +190,12 @@ void render_field_forward(const RenderFieldForwardParams& p) {
     if (r.next < r.end) r.origin = 0.5f * (in.t_starts[r.next] + in.t_ends[r.next]);
   };
   const auto composite = [&](OpenRay& r) {
-    walk(in, r, round, [&](int64_t k, const float* x, const float* out, const float* gradient, float, float alpha) {
+    walk(in, r, round, [&](int64_t k, const float* x, const float* albedo, const float* gradient, float alpha, float) {
       const float weight = r.transmittance < in.early_stop ? 0.f : r.transmittance * alpha;
       r.transmittance *= 1.f - alpha;
       if (weight == 0.f) return;
       const float middle = 0.5f * (in.t_starts[r.next + k] + in.t_ends[r.next + k]) - r.origin;
-      const FieldShading shading(in, r.ray, x, out, gradient);
+      const FieldShading shading(in, r.ray, x, albedo, gradient);
       r.opacity += weight, r.moment += weight * middle, r.second_moment += weight * middle * middle;
       for (int c = 0; c < 3; ++c) r.values[c] += weight * shading.color[c];
       if (!in.normals) return;
@@ -229,7 +239,8 @@ void render_field_backward(const RenderFieldBackwardParams& p) {
     }
   };
   const auto composite = [&](OpenRay& r) {
-    walk(in, r, round, [&](int64_t k, const float* x, const float* out, const float* gradient, float raw, float alpha) {
+    walk(in, r, round, [&](int64_t k, const float* x, const float* albedo, const float* gradient, float alpha,
+                           float slope) {
       const int64_t i = r.first + k;
       float* grad_out = round.grad_out + 4 * i;
       float* grad_gradient = in.normals ? round.grad_gradient + 3 * i : nullptr;
@@ -240,7 +251,7 @@ void render_field_backward(const RenderFieldBackwardParams& p) {
       for (int c = 0; c < 4; ++c) grad_out[c] = 0.f;
       for (int d = 0; grad_gradient && d < 3; ++d) grad_gradient[d] = 0.f;
       if (beyond) return;
-      const FieldShading shading(in, r.ray, x, out, gradient);
+      const FieldShading shading(in, r.ray, x, albedo, gradient);
       float own = r.gradient.of_weight(0.5f * (start + end)), grad_color[3], grad_normal[3] = {};
       for (int c = 0; c < 3; ++c) own += r.grad_values[c] * shading.color[c], grad_color[c] = weight * r.grad_values[c];
       for (int d = 0; in.normals && d < 3; ++d) {
@@ -251,7 +262,7 @@ void render_field_backward(const RenderFieldBackwardParams& p) {
       r.prefix += weight * own;
       // A sample that ends the ray has nothing behind it.
       const float behind = r.next + k + 1 == r.end || r.transmittance < in.early_stop ? 0.f : r.total - r.prefix;
-      grad_out[0] = (r.transmittance * own - behind) * (end - start) * field_density_slope(l, raw);
+      grad_out[0] = (r.transmittance * own - behind) * (end - start) * slope;
       shading.backward(in, r.ray, grad_color, grad_normal, grad_out, grad_gradient);
       // of the coordinates in [0, 1]
       for (int d = 0; grad_gradient && d < 3; ++d) grad_gradient[d] /= 2.f * l.radius;

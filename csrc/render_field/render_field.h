@@ -99,15 +99,6 @@ TEXT3D_HD void add_blob_gradient(const FieldLayout& l, const float* x, float* gr
   for (int d = 0; d < 3; ++d) gradient[d] += by * x[d];
 }
 
-TEXT3D_HD float field_density(const FieldLayout& l, float raw) {
-  return l.sharpness * (l.exponential ? exp_of(min_of(15.f, raw)) : activation_value(kSoftplus, raw));
-}
-
-TEXT3D_HD float field_density_slope(const FieldLayout& l, float raw) {
-  if (l.exponential) return raw <= 15.f ? l.sharpness * exp_of(raw) : 0.f;
-  return l.sharpness * sigmoid_of(raw);
-}
-
 // The grid's coordinate in [0, 1].
 TEXT3D_HD float field_coordinate(const FieldLayout& l, float x) {
   return clamp((x + l.radius) / (2.f * l.radius), 0.f, 1.f);
@@ -118,10 +109,10 @@ struct FieldShading {
   float albedo[3], color[3], normal[3], light[3], towards[3], length, facing;
   bool lit;
 
-  // out: the network's output; gradient: d raw / dx, unless there are no normals
-  TEXT3D_HD FieldShading(const RenderFieldInputs& in, int64_t ray, const float* x, const float* out,
+  // gradient: d raw / dx, unless there are no normals
+  TEXT3D_HD FieldShading(const RenderFieldInputs& in, int64_t ray, const float* x, const float* albedo_of,
                          const float* gradient) {
-    for (int c = 0; c < 3; ++c) color[c] = albedo[c] = sigmoid_of(out[1 + c]);
+    for (int c = 0; c < 3; ++c) color[c] = albedo[c] = albedo_of[c];
     lit = false, facing = 0.f, length = 1.f;
     if (!in.normals) return;
     const float norm = norm_of(gradient);

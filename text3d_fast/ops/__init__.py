@@ -3,6 +3,7 @@
 from text3d_fast.ops.antialias import antialias, antialias_topology
 from text3d_fast.ops.composite import Composite, composite
 from text3d_fast.ops.hash_grid import HashGridSpec, hash_grid, hash_grid_grad, hash_grid_vjp
+from text3d_fast.ops.hash_mlp import hash_mlp
 from text3d_fast.ops.interpolate import interpolate
 from text3d_fast.ops.march_rays import march_rays
 from text3d_fast.ops.marching_tets import marching_tets
@@ -30,6 +31,7 @@ __all__ = [
     "hash_grid",
     "hash_grid_grad",
     "hash_grid_vjp",
+    "hash_mlp",
     "interpolate",
     "march_rays",
     "marching_tets",

@@ -1,4 +1,4 @@
-"""Small fully connected networks, alone or on top of a hash grid."""
+"""Small fully connected networks."""
 
 import torch
 
@@ -11,14 +11,21 @@ from text3d_fast.reference.mlp import mlp as reference_mlp
 
 __all__ = ["MLPSpec", "mlp"]
 
-backends.declare("mlp", cuda=False)
+backends.declare("mlp")
+COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CUDA_BLOCKS = 264  # that sum gradients of the weights each for itself: two for each multiprocessor of an H100
 
 
 @typed
-def mlp(x: torch.Tensor, weights: torch.Tensor, spec: MLPSpec) -> torch.Tensor:
+def mlp(
+    x: torch.Tensor, weights: torch.Tensor, spec: MLPSpec, compute_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """A multilayer perceptron in one kernel: a tile of points goes through all layers in cache.
 
     x: float32 [..., spec.inputs]; weights: float32 [spec.num_params], laid out as MLPSpec says.
+    compute_dtype: what factors of products may be rounded to (float32, float16, bfloat16; None: float32). On CUDA
+        tensor cores multiply 16-bit numbers; float32 goes through them in three parts, exact to 2^-21. On a CPU
+        nothing is rounded. Sums are float32 whatever it is. Gradients below 6e-8 vanish in float16.
     Returns float32 [..., spec.outputs]. Gradients to x and weights, twice.
     Kept for the backward pass: x and weights themselves; activations are computed again.
     Sums into the gradient of the weights are in an order that does not depend on the number of threads.
@@ -26,25 +33,28 @@ def mlp(x: torch.Tensor, weights: torch.Tensor, spec: MLPSpec) -> torch.Tensor:
     """
     if x.dim() == 0 or x.shape[-1] != spec.inputs:
         raise ValueError(f"x: expected shape [..., {spec.inputs}], got {list(x.shape)}")
+    compute_dtype = torch.float32 if compute_dtype is None else compute_dtype
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"compute_dtype: expected one of {', '.join(map(str, COMPUTE_DTYPES))}, got {compute_dtype}")
     points = x.reshape(-1, spec.inputs)
     backend = backends.choose("mlp", x.device)
     if backend == "reference":
-        _check(points, weights, spec.key, backend)
+        _check(points, weights, spec.key, compute_dtype, backend)
         y = reference_mlp(points, weights, spec)
     else:
-        y = _mlp(points, weights, spec.key, backend)
+        y = _mlp(points, weights, spec.key, compute_dtype, backend)
     return y.reshape(*x.shape[:-1], spec.outputs)
 
 
-def _check(x, weights, key, backend):
+def _check(x, weights, key, dtype, backend):
     spec, dtypes = MLPSpec.parse(key), float_dtypes(backend)
     require_tensor("x", x, ("points", spec.inputs), *dtypes)
     require_tensor("weights", weights, (spec.num_params,), *dtypes)
     require_same_device(x=x, weights=weights)
 
 
-def _check_backward(grad_y, x, weights, key, need_x, need_weights, backend):
-    _check(x, weights, key, backend)
+def _check_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend):
+    _check(x, weights, key, dtype, backend)
     require_tensor("grad_y", grad_y, (x.shape[0], MLPSpec.parse(key).outputs), x.dtype)
     require_same_device(x=x, grad_y=grad_y)
 
@@ -55,40 +65,50 @@ def layout(spec: MLPSpec) -> tuple:
             ACTIVATIONS.index(spec.output_activation), spec.bias)
 
 
-def _forward(x, weights, key, backend):
-    y = _fake_forward(x, weights, key, backend)
-    native.call("mlp_forward", x.contiguous(), weights.contiguous(), y, x.shape[0], *layout(MLPSpec.parse(key)))
+def _forward(x, weights, key, dtype, backend):
+    y = _fake_forward(x, weights, key, dtype, backend)
+    native.call("mlp_forward", x.contiguous(), weights.contiguous(), y, x.shape[0],
+                COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return y
 
 
-def _fake_forward(x, weights, key, backend):
+def _fake_forward(x, weights, key, dtype, backend):
     return x.new_empty(x.shape[0], MLPSpec.parse(key).outputs)
 
 
-def _backward(grad_y, x, weights, key, need_x, need_weights, backend):
-    outputs = _fake_backward(grad_y, x, weights, key, need_x, need_weights, backend)
+def _backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend):
+    outputs = _fake_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend)
     native.call("mlp_backward", grad_y.contiguous(), x.contiguous(), weights.contiguous(),
-                *_wanted(outputs, (need_x, need_weights)), x.shape[0], *layout(MLPSpec.parse(key)))
+                *_wanted(outputs, (need_x, need_weights)), *_partial(weights, need_weights), x.shape[0],
+                COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return outputs
 
 
-def _fake_backward(grad_y, x, weights, key, need_x, need_weights, backend):
+def _fake_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend):
     """A gradient that is not needed comes back empty."""
     return x.new_empty(x.shape if need_x else 0), weights.new_empty(weights.shape if need_weights else 0)
 
 
-def _second(cotangent_x, cotangent_weights, grad_y, x, weights, key, need_grad_y, need_x, need_weights, backend):
-    outputs = _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, need_grad_y, need_x, need_weights,
-                           backend)
+def _second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need_grad_y, need_x, need_weights,
+            backend):
+    outputs = _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need_grad_y, need_x,
+                           need_weights, backend)
     inputs = (None if t is None else t.contiguous() for t in (cotangent_x, cotangent_weights, grad_y, x, weights))
-    native.call("mlp_second", *inputs, *_wanted(outputs, (need_grad_y, need_x, need_weights)), x.shape[0],
-                *layout(MLPSpec.parse(key)))
+    native.call("mlp_second", *inputs, *_wanted(outputs, (need_grad_y, need_x, need_weights)),
+                *_partial(weights, need_weights), x.shape[0], COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return outputs
 
 
-def _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, need_grad_y, need_x, need_weights, backend):
-    return grad_y.new_empty(grad_y.shape if need_grad_y else 0), *_fake_backward(grad_y, x, weights, key, need_x,
-                                                                                 need_weights, backend)
+def _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need_grad_y, need_x, need_weights,
+                 backend):
+    grad_x, grad_weights = _fake_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend)
+    return grad_y.new_empty(grad_y.shape if need_grad_y else 0), grad_x, grad_weights
+
+
+def _partial(weights: torch.Tensor, wanted: bool) -> tuple[torch.Tensor | None, int]:
+    """Where CUDA's blocks sum the gradients of the weights, and how many may."""
+    wanted = wanted and native.runs_cuda_source(weights.device)
+    return weights.new_empty(CUDA_BLOCKS, weights.shape[0]) if wanted else None, CUDA_BLOCKS
 
 
 def _wanted(outputs, needs):
@@ -104,8 +124,8 @@ class _Value:
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[:2]
-        key, backend = ctx.rest
-        return *_wanted(_mlp_backward(grad_y, *ctx.saved_tensors, key, *needs, backend), needs), None, None
+        *rest, backend = ctx.rest
+        return *_wanted(_mlp_backward(grad_y, *ctx.saved_tensors, *rest, *needs, backend), needs), *[None] * 3
 
 
 class _ValueBackward:
@@ -117,15 +137,16 @@ class _ValueBackward:
 
     @staticmethod
     def backward(ctx, *cotangents):
-        key, *given, backend = ctx.rest
+        key, dtype, *given, backend = ctx.rest
         cotangents = _wanted(cotangents, given)
         if all(c is None for c in cotangents):
-            return (None,) * 7
+            return (None,) * 8
         needs = ctx.needs_input_grad[:3]
-        return *_wanted(_mlp_second(*cotangents, *ctx.saved_tensors, key, *needs, backend), needs), *[None] * 4
+        grads = _mlp_second(*cotangents, *ctx.saved_tensors, key, dtype, *needs, backend)
+        return *_wanted(grads, needs), *[None] * 5
 
 
-_NETWORK = "Tensor x, Tensor weights, str spec"
+_NETWORK = "Tensor x, Tensor weights, str spec, ScalarType dtype"
 _mlp = define(f"mlp({_NETWORK}, str backend) -> Tensor", _forward, _fake_forward, _Value, _check)
 _mlp_backward = define(
     f"mlp_backward(Tensor grad_y, {_NETWORK}, bool need_x, bool need_weights, str backend) -> (Tensor, Tensor)",

@@ -1,5 +1,6 @@
-"""Picture files from tensors: PNG, turntables and contact sheets."""
+"""Picture files: read with limits; PNG, turntables and contact sheets from tensors."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,59 @@ import numpy as np
 import torch
 
 from text3d_fast.files import atomic_path
+
+MOST_PIXELS = 64 << 20  # of a picture that is read
+LARGEST_SIDE = 4096  # larger ones are reduced to it
+
+
+def beside(folder: Path, name: str, most_bytes: int) -> Path:
+    """A file that another one in `folder` names, there or in a folder below.
+
+    Raises ValueError for an address, a place outside `folder`, or a file of more than `most_bytes`; OSError if missing.
+    """
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", name):
+        raise ValueError(f"{name[:60]!r} is an address, not a file beside the mesh")
+    path, root = (folder / name).resolve(), folder.resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{name[:60]!r} lies outside the mesh's folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name[:60]!r} beside the mesh")
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"{name[:60]!r} has more than {most_bytes >> 20} MB")
+    return path
+
+
+def read_image(source: str | Path | bytes, name: str):
+    """A file, or its content, as an RGB image of PIL with sides up to 4096; 16 bits become 8.
+
+    Raises ValueError that begins with `name` if it is no picture, damaged or of more than 64 megapixels; OSError if the
+    file cannot be opened.
+    """
+    import io
+    import warnings
+
+    from PIL import Image
+
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS >> 20} million")
+                if image.mode.startswith("I"):  # 16 bits of grey; converting would clamp them
+                    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+                    image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+                image = image.convert("RGB")
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name}: a picture of more than {MOST_PIXELS >> 20} million pixels") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{name}: not a readable image") from None
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's words for damage
+        raise ValueError(f"{name}: {error}") from error
+    if max(image.size) > LARGEST_SIDE:
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return image
 
 
 def to_bytes(image: torch.Tensor) -> np.ndarray:

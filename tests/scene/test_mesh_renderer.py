@@ -117,7 +117,7 @@ def test_view_mistakes_are_errors(tmp_path, capsys):
     for command, message in [
         (["view", str(broken)], "not a readable mesh"),
         (["view", str(tmp_path / "missing.glb")], "missing.glb"),
-        (["view", str(tmp_path / "mesh.stl")], "expected a name ending in"),
+        (["view", str(tmp_path / "mesh.fbx")], "expected a name ending in"),
     ]:
         assert cli.main([*command, "--out", str(tmp_path / "x.png")]) == 2
         assert message in capsys.readouterr().err

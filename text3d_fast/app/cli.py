@@ -121,7 +121,7 @@ class View:
     """
 
     mesh: Positional[Annotated[Path, arg(metavar="MESH")]]
-    """A .glb, .obj or .ply."""
+    """A .glb, .gltf, .obj, .ply or .stl."""
     out: Annotated[Path, arg(metavar="PNG")] = Path("view.png")
     """The picture to write."""
     azimuth: float = 30.0
@@ -148,7 +148,9 @@ class View:
     serve: bool = False
     """Show it in the browser until Ctrl-C instead of writing a picture (needs the extra `viewer`)."""
     port: int = 8080
-    """Where --serve listens."""
+    """Where --serve listens, or the next free one."""
+    host: str = "127.0.0.1"
+    """The address on which --serve listens: by default only this machine reaches it; 0.0.0.0 opens it to all."""
 
 
 @dataclass
@@ -298,20 +300,25 @@ def optimize(options: Generate | Edit, make: Callable, run: Callable) -> int:
 
 
 def view(options: View) -> int:
-    if options.size < 1:
-        return fail(f"--size: expected a positive number, got {options.size}")
+    import warnings
+
     from text3d_fast.app import viewer as viewing
     from text3d_fast.errors import OutputError
+    from text3d_fast.geometry import MeshWarning
     from text3d_fast.pipelines.pipeline import choose_device
 
     names = [entry.name for entry in dataclasses.fields(viewing.ViewSettings)]
     settings = viewing.ViewSettings(**{name: getattr(options, name) for name in names})
     try:
-        if options.serve:
-            viewing.serve(options.mesh, options.scene, options.port)
-            return 0
-        device = choose_device(options.device)
-        print(viewing.write_view(options.mesh, options.out, settings, options.scene, options.background_image, device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MeshWarning)
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            if options.serve:
+                viewing.serve(options.mesh, options.scene, options.port, options.host)
+                return 0
+            device = choose_device(options.device)
+            print(viewing.write_view(options.mesh, options.out, settings, options.scene, options.background_image,
+                                     device))
     except (OutputError, ValueError, OSError, RuntimeError) as error:
         return fail(str(error))
     return 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from text3d_fast.geometry import Mesh, glb_bytes, read_mesh
-from text3d_fast.images import write_png
+from text3d_fast.images import read_image, write_png
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights
 from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes
@@ -35,26 +35,46 @@ class ViewSettings:
     ambient: tuple[float, float, float] = (0.3, 0.3, 0.3)
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def checked(self) -> ViewSettings:
+        """The same. ValueError names what is not a number or out of its range."""
+        ranges = {"azimuth": (-1e6, 1e6), "elevation": (-90, 90), "distance": (0.1, 90), "size": (1, 8192),
+                  "light": (-1e6, 1e6), "light_color": (0, 100), "ambient": (0, 100), "background": (0, 1)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(low <= v <= high for v in values):
+                given = " ".join(f"{v:g}" for v in values)
+                raise ValueError(f"{name.replace('_', ' ')}: expected {low:g} to {high:g}, got {given}")
+        if not any(self.light):
+            raise ValueError("light: expected a direction other than 0 0 0")
+        return self
+
 
 def bounding_ball(mesh: Mesh) -> tuple[Tensor, float]:
-    """The middle of the bounding box, and the largest distance of a vertex from it."""
-    center = (mesh.vertices.amin(0) + mesh.vertices.amax(0)) / 2
-    return center, float((mesh.vertices - center).norm(dim=1).max())
+    """The middle of the bounding box, and the largest distance of a vertex from it: float64, of what faces use.
+
+    ValueError for a mesh without faces or without extent.
+    """
+    if not len(mesh.faces):
+        raise ValueError("mesh: expected at least one face, got none")
+    used = mesh.vertices[mesh.faces.unique().long()].double()
+    center = (used.amin(0) + used.amax(0)) / 2
+    radius = float((used - center).norm(dim=1).max())
+    if not radius > 0:
+        raise ValueError("mesh: all its points coincide, there is nothing to see")
+    return center, radius
 
 
 def _placed(mesh: Mesh, center: Tensor, radius: float) -> Mesh:
-    return dataclasses.replace(mesh, vertices=(mesh.vertices - center) / max(radius, 1e-12))
+    """Moved and scaled in float64: coordinates may be anything that float32 holds."""
+    return dataclasses.replace(mesh, vertices=((mesh.vertices.double() - center) / radius).float())
 
 
 def read_background(path: str | Path, size: int) -> Tensor:
     """An image as [1, size, size, 3] in 0..1, cropped to a square around its middle. ValueError if it is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size))
-    except UnidentifiedImageError:
-        raise ValueError(f"background image: {path} is not a readable image") from None
+    square = ImageOps.fit(read_image(path, f"background image {path}"), (size, size))
     return torch.from_numpy(np.array(square, np.float32))[None] / 255
 
 
@@ -67,17 +87,14 @@ def view(
 
     background: [1, size, size, 3] instead of settings.background.
     """
+    settings = settings.checked()
     center, radius = bounding_ball(mesh)
     meshes = [_placed(m, center, radius).to(device) for m in (mesh, scene) if m is not None]
     distance = settings.distance if settings.distance is not None else 1.08 / math.sin(FOV / 2)
-    if distance <= 0:
-        raise ValueError(f"distance: expected a positive number, got {distance}")
     cameras = Cameras.orbit(math.radians(settings.elevation), math.radians(settings.azimuth), distance, FOV,
                             settings.size, device)
     towards = torch.tensor([settings.light], device=device)
-    if not towards.norm() > 0:
-        raise ValueError(f"light: expected a direction other than 0, got {settings.light}")
-    far_away = 1e3 * torch.nn.functional.normalize(towards, dim=-1)  # practically parallel light
+    far_away = 1e3 * torch.nn.functional.normalize(towards, dim=-1, eps=1e-30)  # practically parallel light
     lights = Lights(far_away, *(torch.tensor([c], device=device) for c in (settings.light_color, settings.ambient)))
     if background is None:
         background = torch.tensor([settings.background])
@@ -89,6 +106,7 @@ def write_view(
     background_path: str | Path | None = None, device: torch.device | str = "cpu",
 ) -> Path:
     """Read, render, write a PNG. ValueError or OSError name the file that is at fault."""
+    settings.checked()
     mesh = read_mesh(mesh_path)
     scene = None if scene_path is None else read_mesh(scene_path)
     background = None if background_path is None else read_background(background_path, settings.size)
@@ -97,11 +115,15 @@ def write_view(
     return Path(out)
 
 
-def serve(mesh_path: str | Path, scene_path: str | Path | None = None, port: int = 8080) -> None:
-    """Show the mesh in a browser until Ctrl-C, on `port` or the next free one.
+def serve(
+    mesh_path: str | Path, scene_path: str | Path | None = None, port: int = 8080, host: str = "127.0.0.1"
+) -> None:
+    """Show the mesh in a browser until Ctrl-C, on `port` or the next free one, to this machine only unless `host` is
+    another address of it (0.0.0.0: all).
 
-    RuntimeError if viser is not installed; ValueError or OSError name a file that is at fault.
+    RuntimeError if viser is not installed; ValueError or OSError name a file, port or host that is at fault.
     """
+    _check_address(host, port)
     try:
         import viser
     except ImportError:
@@ -111,18 +133,32 @@ def serve(mesh_path: str | Path, scene_path: str | Path | None = None, port: int
     paths = {"mesh": mesh_path, "scene": scene_path}
     meshes = {name: read_mesh(path) for name, path in paths.items() if path is not None}
     center, radius = bounding_ball(meshes["mesh"])
-    server = viser.ViserServer(port=port)
+    server = viser.ViserServer(host=host, port=port)
     server.scene.set_up_direction("+y")
     # the default environment's light alone burns out bright colours
     server.scene.configure_environment_map("studio", environment_intensity=0.3)
     for name, mesh in meshes.items():
-        shown = mesh if mesh.normals is not None else mesh.with_normals()
-        server.scene.add_glb(f"/{name}", glb_bytes(_placed(shown, center, radius)))
+        server.scene.add_glb(f"/{name}", glb_bytes(_placed(mesh, center, radius)))
     server.initial_camera.position = (1.2, 0.9, 2.6)
     server.initial_camera.look_at = (0.0, 0.0, 0.0)
-    print(f"http://localhost:{server.get_port()}  (Ctrl-C ends)", flush=True)
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
+    print(f"http://{shown}:{server.get_port()}  (Ctrl-C ends)", flush=True)
     try:
         while True:
             time.sleep(3600)
     finally:
         server.stop()
+
+
+def _check_address(host: str, port: int) -> None:
+    """The server's own thread would fail without anybody noticing."""
+    import socket
+
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port: expected 1 to 65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host: {host!r} is no address of this machine ({error})") from None

@@ -1,23 +1,31 @@
-"""Meshes: extraction from fields, cleaning, UV atlas, texture baking, GLB/OBJ/PLY files."""
+"""Meshes: extraction from fields, cleaning, UV atlas, texture baking, GLB, OBJ, PLY and STL files."""
 
-from text3d_fast.geometry.atlas import bake_texture, unwrap
+from text3d_fast.geometry.atlas import tangents, unwrap
+from text3d_fast.geometry.bake import bake_normals, bake_texture
 from text3d_fast.geometry.clean import CleaningReport, Dropped, clean_mesh
+from text3d_fast.geometry.decimate import decimate
 from text3d_fast.geometry.extract import automatic_threshold, averaged_density, extract_mesh, sample_colors
-from text3d_fast.geometry.io import glb_bytes, read_mesh, write_mesh
+from text3d_fast.geometry.gltf import glb_bytes
+from text3d_fast.geometry.io import read_mesh, write_mesh
 from text3d_fast.geometry.mesh import Mesh
+from text3d_fast.geometry.parts import MeshWarning
 
 __all__ = [
     "CleaningReport",
     "Dropped",
     "Mesh",
+    "MeshWarning",
     "automatic_threshold",
     "averaged_density",
+    "bake_normals",
     "bake_texture",
     "clean_mesh",
+    "decimate",
     "extract_mesh",
     "glb_bytes",
     "read_mesh",
     "sample_colors",
+    "tangents",
     "unwrap",
     "write_mesh",
 ]

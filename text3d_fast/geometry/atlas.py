@@ -1,12 +1,10 @@
-"""UV atlas and texture baking."""
+"""A UV atlas by xatlas, and its tangents."""
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from text3d_fast.geometry.extract import sample_colors
 from text3d_fast.geometry.mesh import Mesh
 
 
@@ -34,79 +32,36 @@ def unwrap(mesh: Mesh, texture_size: int = 1024, padding: int = 2) -> Mesh:
     return dataclasses.replace(mesh, uv=uv, uv_faces=torch.from_numpy(faces.astype(np.int32)).to(device))
 
 
-@torch.no_grad()
-def bake_texture(
-    mesh: Mesh, color_fn: Callable[[torch.Tensor], torch.Tensor], texture_size: int = 1024, dilate: int = 4
-) -> Mesh:
-    """The same mesh with a texture: color_fn at the surface point of each texel of the atlas.
+def tangents(mesh: Mesh) -> torch.Tensor:
+    """[U, 4]: for each row of the atlas the unit direction of growing u, at right angles to the vertex normal, and the
+    sign (1 or -1) for which sign * cross(normal, tangent) is that of growing v, as glTF's TANGENT.
 
-    color_fn: points [N, 3] -> colours [N, 3] in [0, 1], unlit. dilate: texels by which charts grow beyond their edges,
-    so that filtering at seams finds no background; the rest takes the mean colour.
-    Raises ValueError without an atlas, or for colours of wrong shape or not finite.
+    The mean of the faces around, weighted by area; some perpendicular where the atlas has none.
     """
-    if mesh.uv is None:
-        raise ValueError("mesh: expected one with an atlas (call unwrap first)")
-    texels, faces, weights = rasterize_atlas(mesh.uv, mesh.uv_faces, texture_size)
-    points = (mesh.corners()[faces] * weights[..., None]).sum(1)
-    texture = points.new_zeros(texture_size * texture_size, 3)
-    filled = torch.zeros(texture_size * texture_size, dtype=torch.bool, device=points.device)
-    if len(texels):
-        colors = sample_colors(color_fn, points)
-        texture[:] = colors.mean(0)
-        texture[texels], filled[texels] = colors, True
-    texture = _dilate(texture.view(texture_size, texture_size, 3), filled.view(texture_size, texture_size), dilate)
-    return dataclasses.replace(mesh, texture=texture)
+    if mesh.uv is None or mesh.normals is None:
+        raise ValueError("mesh: expected one with an atlas and normals (call unwrap and with_normals first)")
+    rows = mesh.uv_faces.long()
+    positions, places = mesh.corners().double(), mesh.uv[rows].double()
+    edge, other = positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0]
+    (u1, v1), (u2, v2) = (places[:, 1] - places[:, 0]).unbind(1), (places[:, 2] - places[:, 0]).unbind(1)
+    turn = torch.sign(u1 * v2 - u2 * v1)
+    along = (edge * v2[:, None] - other * v1[:, None]) * turn[:, None]
+    area = mesh.area_vectors().double().norm(dim=1, keepdim=True)
+    along = torch.nn.functional.normalize(along, dim=1, eps=1e-300) * area
+    total = along.new_zeros(len(mesh.uv), 4)
+    normal = along.new_zeros(len(mesh.uv), 3)
+    for corner in range(3):
+        total.index_add_(0, rows[:, corner], torch.cat([along, (turn * area[:, 0])[:, None]], 1))
+        normal[rows[:, corner]] = mesh.normals[mesh.faces[:, corner].long()].double()
+    tangent = _perpendicular(total[:, :3], normal)
+    lost = tangent.norm(dim=1, keepdim=True) < 0.5
+    axis = torch.nn.functional.one_hot(normal.abs().argmin(1), 3).to(normal)  # never parallel to the normal
+    tangent = torch.where(lost, _perpendicular(axis, normal), tangent)
+    return torch.cat([tangent, torch.where(total[:, 3:] < 0, -1.0, 1.0)], 1).to(mesh.vertices.dtype)
 
 
-def rasterize_atlas(
-    uv: torch.Tensor, uv_faces: torch.Tensor, size: int, pairs: int = 1 << 22
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The texels whose centres lie in a triangle: index (row from the top * size + column), face, barycentric [., 3].
-
-    Of two triangles that share a centre the one with the larger index gets it.
-    """
-    corners = uv[uv_faces.long()] * size - 0.5  # texel centres at whole numbers, rows still from the bottom
-    low = corners.amin(1).ceil().clamp(0, size).long()
-    high = corners.amax(1).floor().clamp(-1, size - 1).long() + 1
-    extent = (high - low).clamp(min=0)
-    counts = extent[:, 0] * extent[:, 1]
-    owner = torch.full((size * size,), -1, dtype=torch.int64, device=uv.device)
-    # Triangles in runs of about `pairs` candidate texels: memory stays bounded.
-    run = torch.div(counts.cumsum(0) - counts, pairs, rounding_mode="floor")
-    _, lengths = torch.unique_consecutive(run, return_counts=True)
-    for members in torch.arange(len(counts), device=uv.device).split(lengths.tolist()):
-        face = torch.repeat_interleave(members, counts[members])
-        start = torch.repeat_interleave(counts[members].cumsum(0) - counts[members], counts[members])
-        offset = torch.arange(len(face), device=uv.device) - start
-        column = low[face, 0] + offset % extent[face, 0]
-        row = low[face, 1] + offset // extent[face, 0]
-        inside = (_barycentric(corners[face], column, row) >= -1e-5).all(-1)
-        owner.scatter_reduce_(0, row[inside] * size + column[inside], face[inside], "amax")
-    found = (owner >= 0).nonzero()[:, 0]
-    row, column, face = found // size, found % size, owner[found]
-    weights = _barycentric(corners[face], column, row).clamp(0, 1)
-    return (size - 1 - row) * size + column, face, weights / weights.sum(-1, keepdim=True)
-
-
-def _barycentric(corners: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    point = torch.stack([column, row], -1).to(corners.dtype)
-    to = corners - point[:, None]
-
-    def cross(i: int, j: int) -> torch.Tensor:
-        return to[:, i, 0] * to[:, j, 1] - to[:, i, 1] * to[:, j, 0]
-
-    areas = torch.stack([cross(1, 2), cross(2, 0), cross(0, 1)], -1)
-    total = areas.sum(-1, keepdim=True)
-    return torch.where(total.abs() > 1e-12, areas / total, torch.full_like(areas, -1.0))
-
-
-def _dilate(texture: torch.Tensor, filled: torch.Tensor, rounds: int) -> torch.Tensor:
-    """Texels beside filled ones take the mean of those, round by round."""
-    kernel = texture.new_ones(1, 1, 3, 3)
-    image, mask = texture.permute(2, 0, 1)[:, None], filled[None, None].to(texture.dtype)
-    for _ in range(rounds):
-        near = torch.nn.functional.conv2d(mask, kernel, padding=1)
-        mean = torch.nn.functional.conv2d(image * mask, kernel, padding=1) / near.clamp(min=1)
-        image = torch.where((mask == 0) & (near > 0), mean, image)
-        mask = (near > 0).to(mask.dtype)
-    return image[:, 0].permute(1, 2, 0).contiguous()
+def _perpendicular(vector: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    vector = torch.nn.functional.normalize(vector, dim=1, eps=1e-300)
+    vector = vector - (vector * normal).sum(1, keepdim=True) * normal
+    length = vector.norm(dim=1, keepdim=True)
+    return torch.where(length > 1e-6, vector / length.clamp(min=1e-6), torch.zeros_like(vector))

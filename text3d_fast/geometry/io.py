@@ -1,24 +1,33 @@
-"""GLB, OBJ and PLY files through trimesh."""
+"""Mesh files: .glb, .gltf, .obj, .ply and .stl read; all but .gltf written."""
 
-import io
+from __future__ import annotations
+
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from text3d_fast.files import atomic_path, write_bytes
+from text3d_fast.files import write_bytes
+from text3d_fast.geometry.gltf import glb_bytes, read_gltf, split_at_seams
 from text3d_fast.geometry.mesh import Mesh
+from text3d_fast.geometry.obj import read_obj, write_obj
+from text3d_fast.geometry.parts import MOST_FACES, Part, assemble
 from text3d_fast.images import to_bytes
 
-SUFFIXES = (".glb", ".obj", ".ply")
+SUFFIXES = (".glb", ".obj", ".ply", ".stl")
+READABLE = (".glb", ".gltf", ".obj", ".ply", ".stl")
+# What a reader needs is a multiple of the file, more of text than of binary; these stay under 2 GB.
+_MOST_BYTES = {".glb": 256 << 20, ".gltf": 64 << 20, ".obj": 96 << 20, ".ply": 96 << 20, ".stl": 96 << 20}
 
 
 def write_mesh(path: str | Path, mesh: Mesh) -> list[Path]:
-    """Write a mesh as .glb, .obj or .ply; return the files written, the last of them `path`.
+    """Write a mesh as .glb, .obj, .ply or .stl; return the files written, the last of them `path`.
 
-    GLB: Y up, front +Z, one PBR material (roughness 1, metallic 0, texture as base colour) or vertex colours. OBJ: the
-    same with a .mtl and a .png beside it. PLY: binary, vertex colours, no texture. Each file is written atomically, the
-    mesh itself last. Raises ValueError for another suffix or a mesh without faces, OSError if it cannot be written.
+    GLB: Y up, front +Z, smooth normals, one PBR material (roughness 1, metallic 0, texture as base colour) or vertex
+    colours. OBJ: the same with a .mtl and a .png beside it. PLY: binary, vertex colours, no texture. STL: binary, shape
+    only. Each file is written atomically, the mesh itself last. Raises ValueError for another suffix, a mesh without
+    faces or with coordinates that are not finite, OSError if it cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -26,149 +35,115 @@ def write_mesh(path: str | Path, mesh: Mesh) -> list[Path]:
         raise ValueError(f"path: expected a name ending in {', '.join(SUFFIXES)}, got {path.name!r}")
     if len(mesh.faces) == 0:
         raise ValueError("mesh: expected at least one face, got none")
+    if not bool(torch.isfinite(mesh.vertices).all()):
+        raise ValueError("mesh: expected finite vertices, got NaN or infinity")
     if suffix == ".obj":
-        return _write_obj(path, mesh)
-    if suffix == ".ply":
-        exported = _to_trimesh(mesh, linear_colors=False)
-        write_bytes(path, exported.export(file_type="ply", vertex_normal=mesh.normals is not None))
-    else:
-        write_bytes(path, glb_bytes(mesh))
+        return write_obj(path, mesh)
+    write_bytes(path, {".glb": glb_bytes, ".ply": _ply_bytes, ".stl": _stl_bytes}[suffix](mesh))
     return [path]
 
 
-def glb_bytes(mesh: Mesh) -> bytes:
-    """The content of a .glb file, as `write_mesh` writes it."""
-    from trimesh.exchange.gltf import export_glb
-
-    exported = _to_trimesh(mesh, linear_colors=True)
-    return export_glb(exported, include_normals=mesh.normals is not None, tree_postprocessor=_matte)
-
-
 def read_mesh(path: str | Path) -> Mesh:
-    """Read a .glb, .obj or .ply: vertices, faces, and normals, vertex colours, atlas and texture if there are any.
+    """Read a .glb, .gltf, .obj, .ply or .stl: vertices, faces, and normals, colours, atlas, texture if it has them.
 
-    Vertices that a format had to split at seams are joined again by position. Raises ValueError if the file is no mesh.
+    Scenes are put together with their transforms; several materials share one texture, in which each has its place
+    (`parts.assemble`). Vertices that a format had to split at seams are joined again. What is left out of the mesh
+    (points and lines, animation, vertex colours over a texture, textures that cannot be read) is said by a
+    `MeshWarning`. Raises ValueError if the file is no mesh, too large or compressed, OSError if it cannot be opened.
     """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in READABLE:
+        raise ValueError(f"path: expected a name ending in {', '.join(READABLE)}, got {path.name!r}")
+    size = path.stat().st_size
+    if size > _MOST_BYTES[suffix]:
+        raise ValueError(f"{path}: {size >> 20} MB are more than the {_MOST_BYTES[suffix] >> 20} MB that are read of "
+                         f"a {suffix} file; reduce the mesh first")
+    readers = {".glb": read_gltf, ".gltf": read_gltf, ".obj": read_obj, ".ply": _read_trimesh, ".stl": _read_trimesh}
+    try:
+        return assemble(readers[suffix](path))
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == path:
+            raise
+        reason, cause = str(error), error
+    except json.JSONDecodeError as error:
+        reason, cause = f"its JSON is damaged: {error}", error
+    except ValueError as error:
+        reason, cause = str(error), error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
+        # values of a kind that no reader expects, where a file has been damaged
+        reason, cause = f"damaged: {type(error).__name__} {error}", error
+    raise ValueError(f"{path}: not a readable mesh ({' '.join(reason.split())[:200]})") from cause
+
+
+def _read_trimesh(path: Path) -> list[Part]:
     import trimesh
 
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"path: expected a name ending in {', '.join(SUFFIXES)}, got {path.name!r}")
     try:
-        scene = trimesh.load_scene(path, process=False)
-        only = next(iter(scene.geometry.values())) if len(scene.geometry) == 1 else None
-        placed = only is None or not np.allclose(scene.graph[scene.graph.nodes_geometry[0]][0], np.eye(4))
-        loaded = scene.to_mesh() if placed else only  # joining a scene would lose its normals
-        if not isinstance(loaded, trimesh.Trimesh) or len(loaded.faces) == 0:
-            raise ValueError("it holds no triangles")
+        loaded = trimesh.load_mesh(path, process=False)
     except OSError:
         raise
-    except Exception as error:  # trimesh's readers fail in many ways on a damaged file
-        raise ValueError(f"{path}: not a readable mesh ({error})") from error
-    vertices = torch.from_numpy(np.array(loaded.vertices, np.float32))
-    faces = torch.from_numpy(np.array(loaded.faces, np.int32))
-    normals = None
-    if "vertex_normals" in loaded._cache.cache:
-        normals = torch.from_numpy(np.array(loaded.vertex_normals, np.float32))
-    colors = uv = uv_faces = texture = None
-    visual = loaded.visual
-    vertex_colors = visual.vertex_colors if visual.kind == "vertex" else visual.vertex_attributes.get("color")
-    if vertex_colors is not None:
-        colors = torch.from_numpy(np.array(vertex_colors[:, :3], np.float32)) / 255
-        if path.suffix.lower() == ".glb":
-            colors = _to_srgb(colors)
-    if visual.kind == "texture" and visual.uv is not None:
-        uv, uv_faces = torch.from_numpy(np.array(visual.uv, np.float32)), faces.clone()
-        image = getattr(visual.material, "baseColorTexture", None) or getattr(visual.material, "image", None)
-        if image is not None:
-            texture = torch.from_numpy(np.array(image.convert("RGB"), np.float32)) / 255
-    if uv is not None:
-        joined, rows = np.unique(vertices.numpy(), axis=0, return_inverse=True)
-        rows = rows.reshape(-1)
-        first = np.full(len(joined), len(rows))
-        np.minimum.at(first, rows, np.arange(len(rows)))
-        vertices, faces = torch.from_numpy(joined), torch.from_numpy(rows.astype(np.int32))[faces.long()]
-        normals = None if normals is None else normals[torch.from_numpy(first)]
-    return Mesh(vertices, faces, normals, colors, uv, uv_faces, texture)
+    except Exception as error:  # its readers fail in many ways on a damaged file
+        raise ValueError(str(error) or type(error).__name__) from error
+    if not isinstance(loaded, trimesh.Trimesh) or len(loaded.faces) == 0:
+        raise ValueError("it holds no triangles")
+    if len(loaded.faces) > MOST_FACES:
+        raise ValueError(f"it has more than {MOST_FACES} triangles")
+    vertices, faces = np.array(loaded.vertices, np.float64), np.array(loaded.faces, np.int64)
+    if path.suffix.lower() == ".stl":  # each triangle has its own corners: joined, so that shading is smooth
+        vertices, rows = np.unique(vertices.astype(np.float32) + np.float32(0), axis=0, return_inverse=True)
+        return [Part(vertices.astype(np.float64), rows.reshape(-1)[faces])]
+    normals = np.array(loaded.vertex_normals) if "vertex_normals" in loaded._cache.cache else None
+    colors, visual = None, loaded.visual
+    if visual.kind == "vertex":
+        colors = np.array(visual.vertex_colors, np.float64)[:, :3] / 255
+    elif visual.kind == "face":
+        vertices, colors = vertices[faces].reshape(-1, 3), np.repeat(visual.face_colors[:, :3] / 255, 3, 0)
+        faces, normals = np.arange(len(vertices)).reshape(-1, 3), None
+    elif visual.kind == "texture":
+        found = getattr(visual, "vertex_attributes", {}).get("color")
+        colors = None if found is None else np.array(found, np.float64)[:, :3] / 255
+    return [Part(vertices, faces, normals, colors)]
 
 
-def _split_at_seams(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Vertex and atlas row of each exported vertex, and the faces: a vertex is repeated for each atlas row it has."""
-    if mesh.uv is None:
-        rows = torch.arange(len(mesh.vertices))
-        return rows, rows, mesh.faces.cpu().long()
-    keys = mesh.faces.cpu().long() * len(mesh.uv) + mesh.uv_faces.cpu().long()
-    unique, faces = torch.unique(keys, return_inverse=True)
-    return unique // len(mesh.uv), unique % len(mesh.uv), faces
-
-
-def _to_trimesh(mesh: Mesh, linear_colors: bool):
-    import trimesh
-    from PIL import Image
-
+def _ply_bytes(mesh: Mesh) -> bytes:
+    """Binary, with normals and 8-bit colours (sRGB) if the mesh has them; a texture is sampled at the vertices."""
     mesh = mesh.to("cpu")
-    vertex, row, faces = _split_at_seams(mesh)
-    visual = None
-    if mesh.texture is not None and mesh.uv is not None:
-        image = Image.fromarray(to_bytes(mesh.texture))
-        material = trimesh.visual.material.PBRMaterial(name="albedo", baseColorTexture=image, roughnessFactor=1.0,
-                                                       metallicFactor=0.0)
-        visual = trimesh.visual.TextureVisuals(uv=mesh.uv[row].numpy(), material=material)
-    elif mesh.colors is not None:
-        colors = _to_linear(mesh.colors) if linear_colors else mesh.colors
-        visual = trimesh.visual.ColorVisuals(vertex_colors=to_bytes(colors[vertex]))
-    return trimesh.Trimesh(
-        vertices=mesh.vertices[vertex].numpy(), faces=faces.numpy(), visual=visual, process=False,
-        vertex_normals=None if mesh.normals is None else mesh.normals[vertex].numpy(),
-    )  # fmt: skip
-
-
-def _matte(tree: dict) -> None:
-    """Give primitives without a material a matte one: glTF's default is metal. Name the maker."""
-    tree["asset"]["generator"] = "text3d-fast"
-    bare = [p for m in tree.get("meshes", []) for p in m["primitives"] if "material" not in p]
-    if bare:
-        materials = tree.setdefault("materials", [])
-        materials.append({"name": "matte", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}})
-        for primitive in bare:
-            primitive["material"] = len(materials) - 1
-
-
-def _write_obj(path: Path, mesh: Mesh) -> list[Path]:
-    mesh = mesh.to("cpu")
-    textured = mesh.texture is not None and mesh.uv is not None
-    written = []
-    lines = io.StringIO()
-    if textured:
-        from PIL import Image
-
-        image, material = path.with_suffix(".png"), path.with_suffix(".mtl")
-        with atomic_path(image) as temporary:
-            Image.fromarray(to_bytes(mesh.texture)).save(temporary)
-        write_bytes(material, f"newmtl albedo\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nmap_Kd {image.name}\n".encode())
-        written += [image, material]
-        lines.write(f"mtllib {material.name}\n")
-    points = mesh.vertices if mesh.colors is None or textured else torch.cat([mesh.vertices, mesh.colors], 1)
-    np.savetxt(lines, points.numpy(), "v" + " %.7g" * points.shape[1])
-    columns = [mesh.faces + 1]
-    if textured:
-        np.savetxt(lines, mesh.uv.numpy(), "vt %.7g %.7g")
-        columns.append(mesh.uv_faces + 1)
-        lines.write("usemtl albedo\n")
+    columns = [("xyz", "<f4", mesh.vertices)]
     if mesh.normals is not None:
-        np.savetxt(lines, mesh.normals.numpy(), "vn %.5g %.5g %.5g")
-        columns.append(mesh.faces + 1)
-    corner = "%d" + ("/%d" if textured else "/" if mesh.normals is not None else "")
-    corner += "/%d" if mesh.normals is not None else ""
-    np.savetxt(lines, torch.stack(columns, -1).flatten(1).numpy(), f"f {corner} {corner} {corner}")
-    write_bytes(path, lines.getvalue().encode())
-    return [*written, path]
+        columns.append((("nx", "ny", "nz"), "<f4", mesh.normals))
+    colors = mesh.colors
+    if colors is None and mesh.texture is not None and mesh.uv is not None:
+        colors = _texture_at_vertices(mesh)
+    if colors is not None:
+        columns.append((("red", "green", "blue"), "u1", torch.from_numpy(to_bytes(colors))))
+    rows = np.empty(len(mesh.vertices), [(name, kind) for names, kind, _ in columns for name in names])
+    for names, _, values in columns:
+        for k, name in enumerate(names):
+            rows[name] = values[:, k].numpy()
+    faces = np.empty(len(mesh.faces), [("count", "u1"), ("corners", "<i4", 3)])
+    faces["count"], faces["corners"] = 3, mesh.faces.numpy()
+    properties = [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for names, kind, _ in columns
+                  for name in names]
+    header = ["ply", "format binary_little_endian 1.0", "comment text3d-fast", f"element vertex {len(rows)}",
+              *properties, f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header\n"]
+    return "\n".join(header).encode() + rows.tobytes() + faces.tobytes()
 
 
-def _to_linear(color: torch.Tensor) -> torch.Tensor:
-    """glTF's vertex colours are linear, its textures sRGB."""
-    return torch.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+def _texture_at_vertices(mesh: Mesh) -> torch.Tensor:
+    vertex, row, _ = split_at_seams(mesh)
+    height, width = mesh.texture.shape[:2]
+    u, v = mesh.uv[row].unbind(1)
+    column, line = (u * width).long().clamp(0, width - 1), ((1 - v) * height).long().clamp(0, height - 1)
+    colors = torch.zeros(len(mesh.vertices), 3)
+    colors[vertex] = mesh.texture[line, column]
+    return colors
 
 
-def _to_srgb(color: torch.Tensor) -> torch.Tensor:
-    return torch.where(color <= 0.0031308, color * 12.92, 1.055 * color.clamp(min=1e-8) ** (1 / 2.4) - 0.055)
+def _stl_bytes(mesh: Mesh) -> bytes:
+    rows = np.zeros(len(mesh.faces), [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    corners = mesh.corners().detach().cpu()
+    rows["corners"] = corners.numpy()
+    normal = torch.linalg.cross((corners[:, 1] - corners[:, 0]).double(), (corners[:, 2] - corners[:, 0]).double())
+    rows["normal"] = torch.nn.functional.normalize(normal, dim=-1, eps=1e-300).numpy()
+    return b"text3d-fast".ljust(80, b" ") + np.uint32(len(rows)).tobytes() + rows.tobytes()

@@ -18,6 +18,7 @@ class Mesh:
         seams of the atlas do not cut the surface
     uv_faces: int [F, 3] rows of uv, or None
     texture: float [H, W, 3] in [0, 1], row 0 at the top (v = 1), or None
+    normal_map: float [H, W, 3], normals in the frame of `atlas.tangents`, from -1..1 to [0, 1], or None
     Colours are those of the picture (sRGB), unlit.
     """
 
@@ -28,6 +29,7 @@ class Mesh:
     uv: torch.Tensor | None = None
     uv_faces: torch.Tensor | None = None
     texture: torch.Tensor | None = None
+    normal_map: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, columns in (("vertices", 3), ("faces", 3), ("normals", 3), ("colors", 3), ("uv", 2), ("uv_faces", 3)):
@@ -44,7 +46,8 @@ class Mesh:
             raise ValueError("uv, uv_faces: expected both or neither")
 
     def __repr__(self) -> str:
-        extras = [name for name in ("normals", "colors", "uv", "texture") if getattr(self, name) is not None]
+        names = ("normals", "colors", "uv", "texture", "normal_map")
+        extras = [name for name in names if getattr(self, name) is not None]
         return f"Mesh(vertices={len(self.vertices)}, faces={len(self.faces)}{''.join(', ' + e for e in extras)})"
 
     def to(self, device: torch.device | str) -> "Mesh":
@@ -92,6 +95,14 @@ class Mesh:
         """Whether every edge belongs to exactly two faces."""
         return bool((self.edges()[1] == 2).all())
 
+    def is_watertight(self) -> bool:
+        """Whether each edge belongs to exactly two faces that run along it in opposite directions."""
+        pairs = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).long()
+        stride = max(len(self.vertices), 1)
+        keys, counts = torch.unique(pairs[:, 0] * stride + pairs[:, 1], return_counts=True)
+        opposite = torch.sort(keys % stride * stride + torch.div(keys, stride, rounding_mode="floor")).values
+        return bool((counts == 1).all()) and torch.equal(keys, opposite)
+
     def components(self) -> torch.Tensor:
         """int64 [F]: the connected component of each face, numbered from 0 in the order of their first faces."""
         labels = torch.arange(len(self.vertices), device=self.vertices.device)
@@ -124,4 +135,4 @@ class Mesh:
         uv, uv_faces = self.uv, self.uv_faces
         if uv_faces is not None:
             uv_faces, uv = compact(uv_faces[keep], uv)
-        return Mesh(vertices, faces, normals, colors, uv, uv_faces, self.texture)
+        return Mesh(vertices, faces, normals, colors, uv, uv_faces, self.texture, self.normal_map)

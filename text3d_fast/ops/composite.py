@@ -60,13 +60,8 @@ def _check(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, ba
 def _forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, backend):
     tensors = [native.aligned(x) for x in (sigma, values, t_starts, t_ends, ray_offsets)]
     outputs = _fake_forward(sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop, backend)
-    if backend == "triton":
-        from text3d_fast._triton.composite import composite_forward
-
-        composite_forward(*tensors, *outputs, early_stop)
-        return outputs
-    native.call("composite_forward", *tensors, *outputs, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
-                early_stop)
+    backends.call(backend, "composite_forward", *tensors, *outputs, ray_offsets.shape[0] - 1, sigma.shape[0],
+                  values.shape[1], early_stop)
     return outputs
 
 
@@ -82,13 +77,8 @@ def _backward(*arguments):
     outputs = _fake_backward(*arguments)
     targets = outputs if needs_t else (*outputs[:2], None, None)
     sigma, values, ray_offsets = tensors[5], tensors[6], tensors[9]
-    if backend == "triton":
-        from text3d_fast._triton.composite import composite_backward
-
-        composite_backward(*tensors, *targets, early_stop)
-        return outputs
-    native.call("composite_backward", *tensors, *targets, ray_offsets.shape[0] - 1, sigma.shape[0], values.shape[1],
-                early_stop)
+    backends.call(backend, "composite_backward", *tensors, *targets, ray_offsets.shape[0] - 1, sigma.shape[0],
+                  values.shape[1], early_stop)
     return outputs
 
 

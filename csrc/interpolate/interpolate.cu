@@ -1,6 +1,6 @@
 #include "interpolate/interpolate.h"
 #include "common/launch.h"
-#include "common/warp.h"
+#include "common/segmented.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
@@ -8,32 +8,42 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Adds to the corners' gradients; together: the warp's pixels share them and are summed first.
+// Adds to the corners' gradients the sums over runs of pixels that see one triangle; all lanes of a whole warp call it.
+// In the last warp of the grid, which may not be whole, each pixel adds on its own.
 struct AddToCorners {
   float* to[3];
-  bool together, writes;
-  TEXT3D_HD void operator()(int32_t k, int32_t c, float value) const {
-    if (together) value = warp_sum(value);
-    if (to[k] && writes) atomic_add(to[k] + c, value);
+  const WarpRuns& runs;
+  bool whole, seen;
+  __device__ __forceinline__ void operator()(int32_t k, int32_t c, float value) const {
+    if (whole) value = runs.sum(seen ? value : 0.f);
+    if (seen && (runs.last || !whole)) atomic_add(to[k] + c, value);
   }
+};
+
+struct AddNothing {
+  __device__ __forceinline__ void operator()(int32_t, int32_t, float) const {}
 };
 
 __global__ void gradient_kernel(InterpolateBackwardParams p) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, total = p.images * p.pixels;
-  const int64_t at = i < total ? i : total - 1;
-  const int32_t id = decode_triangle_id(p.rast[4 * at + 3]), image = int32_t(at / p.pixels);
-  const PixelCorners corners(p, at, p.attributes);
+  const int64_t at = i < total ? i : total - 1, image = at / p.pixels;
+  PixelCorners corners(p, at, p.attributes);
   const bool seen = i < total && !corners.background();
-  const int32_t first_id = __shfl_sync(~0u, id, 0), first_image = __shfl_sync(~0u, image, 0);
-  const bool together = __all_sync(~0u, seen && id == first_id && image == first_image);
+  const int64_t triangle = decode_triangle_id(p.rast[4 * at + 3]);
+  const WarpRuns runs(seen ? (image << 32 | triangle) : -1);
+  const bool whole = __all_sync(~0u, i < total), any = __any_sync(~0u, seen);
   if (i >= total) return;
-  if (!seen) return InterpolateBackwardPixel<0>{p}.background(i);
-  AddToCorners add;
-  add.together = together && p.grad_attr, add.writes = !together || threadIdx.x % 32 == 0;
-  const int64_t first = p.shared ? 0 : int64_t(image) * p.vertices;
-  for (int k = 0; k < 3; ++k)
-    add.to[k] = p.grad_attr ? p.grad_attr + (first + corners.vertices[k]) * p.attributes : nullptr;
-  InterpolateBackwardPixel<0>{p}(i, corners, add);
+  const InterpolateBackwardPixel<0> pixel{p};
+  if (!any || (!seen && (!whole || !p.grad_attr))) return pixel.background(i);
+  if (!p.grad_attr) return pixel(i, corners, AddNothing{});
+  AddToCorners add{{nullptr, nullptr, nullptr}, runs, whole, seen};
+  const int64_t first = p.shared ? 0 : image * p.vertices;
+  for (int k = 0; k < 3; ++k) {
+    if (!seen) corners.attr[k] = p.attr, corners.vertices[k] = 0;  // something to read: another lane sees a vertex
+    add.to[k] = p.grad_attr + (first + corners.vertices[k]) * p.attributes;
+  }
+  pixel(i, corners, add);
+  if (!seen) pixel.background(i);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Four launches, no host synchronization: set up rays and pack bits; a warp per ray counts, 32 intervals at a time with
-// ballots; one block scans the counts; a warp per ray writes. Rounding is spelled out in march_rays.h, so that the
+// ballots, and adds to its tile's total; blocks scan the counts of a tile each; a warp per ray writes. Rounding is spelled out in march_rays.h, so that the
 // counting and the writing kernel agree.
 #include "march_rays/march_rays.h"
 #include "common/launch.h"
+#include "common/scan.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
@@ -12,7 +13,6 @@ static_assert(sizeof(MarchRay) <= 64, "text3d_fast/ops/march_rays.py allocates t
 namespace {
 
 constexpr int kWarps = 4;              // warps, that is rays, a block
-constexpr int kScanThreads = 1024;
 constexpr int kPaddingPerWarp = 1024;
 
 struct Prepare {
@@ -51,39 +51,27 @@ __global__ void march_count_kernel(MarchRaysParams p, double cone_rate) {
     const bool hit = j + lane < ray.count && hit_at<kCone>(p, grid, ray, step, cone_rate, j + lane);
     count += __popc(__ballot_sync(~0u, hit));
   }
-  if (lane == 0) p.ray_offsets[r + 1] = count;
+  if (lane == 0) p.ray_offsets[r + 1] = count, atomic_add(p.info + kMarchTiles + r / kScanTile, int64_t(count));
 }
 
-// One block: counts to offsets in place, clipped to the capacity; totals in 64 bits.
-__global__ void __launch_bounds__(kScanThreads) march_scan_kernel(MarchRaysParams p) {
-  TEXT3D_SHARED(int64_t, warp_totals, kScanThreads / 32);
-  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t limit = p.capacity >= 0 ? p.capacity : INT32_MAX;
-  int64_t carry = 0;
-  for (int64_t begin = 0; begin < p.ray_count; begin += kScanThreads) {
-    const int64_t r = begin + thread;
-    int64_t sum = r < p.ray_count ? p.ray_offsets[r + 1] : 0;
-    for (int by = 1; by < 32; by *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, sum, by);
-      if (lane >= by) sum += other;
-    }
-    if (lane == 31) warp_totals[warp] = sum;
-    __syncthreads();
-    int64_t before = carry, all = 0;
-    for (int i = 0; i < kScanThreads / 32; ++i) {
-      const int64_t one = warp_totals[i];
-      if (i < warp) before += one;
-      all += one;
-    }
-    sum += before;
-    carry += all;
-    if (r < p.ray_count) p.ray_offsets[r + 1] = int32_t(sum < limit ? sum : limit);
-    __syncthreads();
-  }
-  if (thread == 0) {
-    p.info[kMarchFound] = carry;
-    p.info[kMarchTooManySamples] = p.capacity < 0 && carry > limit;
-    *p.overflow = p.capacity >= 0 && carry > p.capacity;
+// A block a tile: counts to offsets in place, clipped to the capacity; totals in 64 bits.
+__global__ void __launch_bounds__(kScanTile) march_scan_kernel(MarchRaysParams p) {
+  TEXT3D_SHARED(int64_t, totals, kScanTile / 32);
+  const int thread = int(threadIdx.x);
+  const int64_t limit = p.capacity >= 0 ? p.capacity : INT32_MAX, tile = blockIdx.x;
+  int64_t before = 0;  // samples of the tiles before this one
+  for (int64_t i = thread; i < tile; i += kScanTile) before += p.info[kMarchTiles + i];
+  before = block_running_sum(before, totals);
+  TEXT3D_SHARED(int64_t, sum_before, 1);
+  if (thread == kScanTile - 1) *sum_before = before;
+  __syncthreads();
+  const int64_t r = tile * kScanTile + thread;
+  const int64_t sum = *sum_before + block_running_sum(r < p.ray_count ? p.ray_offsets[r + 1] : 0, totals);
+  if (r < p.ray_count) p.ray_offsets[r + 1] = int32_t(sum < limit ? sum : limit);
+  if (thread == kScanTile - 1 && tile == int64_t(gridDim.x) - 1) {
+    p.info[kMarchFound] = sum;
+    p.info[kMarchTooManySamples] = p.capacity < 0 && sum > limit;
+    *p.overflow = p.capacity >= 0 && sum > p.capacity;
   }
 }
 
@@ -123,12 +111,13 @@ double cone_rate_of(const MarchRaysParams& p) { return std::log1p(p.cone_angle) 
 
 void march_rays_count(const MarchRaysParams& p, cudaStream_t stream) {
   const int64_t cells = int64_t(p.levels) * p.x * p.y * p.z, words = (cells + 31) / 32;
-  cudaMemsetAsync(p.info, 0, 4 * sizeof(int64_t), stream);
+  const int64_t tiles = (p.ray_count + kScanTile - 1) / kScanTile;
+  cudaMemsetAsync(p.info, 0, (kMarchTiles + tiles) * sizeof(int64_t), stream);
   launch(words > p.ray_count ? words : p.ray_count, Prepare{p, cells, words}, stream);
   const unsigned blocks = unsigned((p.ray_count + kWarps - 1) / kWarps);
   if (blocks && p.cone_angle > 0.) TEXT3D_LAUNCH(march_count_kernel<true>, blocks, kWarps * 32, 0, stream, p, cone_rate_of(p));
   if (blocks && p.cone_angle == 0.) TEXT3D_LAUNCH(march_count_kernel<false>, blocks, kWarps * 32, 0, stream, p, 0.);
-  TEXT3D_LAUNCH(march_scan_kernel, 1, kScanThreads, 0, stream, p);
+  TEXT3D_LAUNCH(march_scan_kernel, unsigned(tiles ? tiles : 1), kScanTile, 0, stream, p);
 }
 
 void march_rays_emit(const MarchRaysParams& p, cudaStream_t stream) {

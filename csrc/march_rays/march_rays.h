@@ -25,7 +25,8 @@ struct MarchRuns {
   int32_t first[kMarchRunSlots], length[kMarchRunSlots];
 };
 
-enum MarchInfo { kMarchFound, kMarchNotFinite, kMarchTooManySteps, kMarchTooManySamples };  // entries of info
+// Entries of info; from kMarchTiles on, CUDA: samples of each 1024 rays.
+enum MarchInfo { kMarchFound, kMarchNotFinite, kMarchTooManySteps, kMarchTooManySamples, kMarchTiles };
 
 struct MarchRaysParams {
   const float* origins;      // [R, 3]
@@ -40,7 +41,8 @@ struct MarchRaysParams {
   MarchRay* rays;            // [R], scratch
   MarchRuns* runs;           // CPU: [R], scratch
   int32_t* ray_offsets;      // [R + 1]
-  int64_t* info;             // [4]: samples found, then flags: wrong rays, rays with too many steps, too many samples
+  int64_t* info;             // [4]: samples found, then flags: wrong rays, rays with too many steps, too many samples;
+                             // CUDA: and one for each 1024 rays, scratch
   uint8_t* overflow;         // []: more found than capacity
   int32_t* ray_ids;          // [capacity]; written by march_rays_emit, as the two below
   float* t_starts;           // [capacity]

@@ -1,12 +1,12 @@
 // No read-back and no overflow: one thread a triangle draws it if it is small, or queues it; one warp draws a medium one,
-// blocks share the 64 x 64 pixel tiles of large and clipped ones. All lower keys with 64-bit atomicMin, whose order does
+// blocks share out large and clipped ones by tiles of 64 x 64 pixels. All lower keys with 64-bit atomicMin, whose order does
 // not matter, so the result is that of the CPU, bit for bit. A last kernel resolves the keys.
 //
 // queue: two counters (medium, large), two words unused, then `queue_capacity` pairs (image, triangle): the medium ones
 // from the front, the large ones from the back. Every triangle is queued at most once, so they never meet.
 #include "rasterize/rasterize.h"
 #include "common/launch.h"
-#include "common/warp.h"
+#include "common/segmented.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
@@ -15,6 +15,7 @@ namespace {
 constexpr int32_t kSmallPixels = 128, kMediumPixels = 4096;  // of the bounding box (Schuetz et al., arXiv 2604.21749)
 constexpr int32_t kSmallExtent = 64 * kSubpixels;            // 32-bit edge functions below
 constexpr int kWarps = 8, kTile = 64, kTileThreads = 128;
+constexpr int64_t kMostBlocks = 1024;
 
 struct Box {
   int32_t left, right, bottom, top;
@@ -146,8 +147,11 @@ TEXT3D_HD bool touches(const SnappedTriangle& t, int32_t x, int32_t y) {
 __global__ void draw_large(Scene scene) {
   TEXT3D_SHARED(SnappedTriangle, fan, 1 + kPlanes);
   TEXT3D_SHARED(int32_t, shape, 5);
-  const int32_t count = scene.p.queue[1], thread = int32_t(threadIdx.x);
-  for (int32_t item = 0; item < count; ++item) {
+  const int32_t count = scene.p.queue[1], thread = int32_t(threadIdx.x), blocks = int32_t(gridDim.x);
+  // Few triangles: several blocks share the tiles of one. Many: each block has its own ones.
+  const int32_t sharing = blocks > count ? blocks / (count > 0 ? count : 1) : 1, groups = blocks / sharing;
+  const int32_t part = int32_t(blockIdx.x) % sharing, group = int32_t(blockIdx.x) / sharing;
+  for (int32_t item = group < groups ? group : count; item < count; item += groups) {
     const int32_t* entry = scene.p.queue + 4 + 2 * (scene.p.queue_capacity - 1 - item);
     const int32_t image = entry[0], id = entry[1];
     __syncthreads();  // the fan of the item before is no longer read
@@ -174,8 +178,7 @@ __global__ void draw_large(Scene scene) {
     if (triangles == 0) continue;
     const Box box{shape[1], shape[2], shape[3], shape[4]};
     const int32_t columns = (box.right - box.left) / kTile + 1, tiles = columns * ((box.top - box.bottom) / kTile + 1);
-    // Another block begins for each item, so that triangles of few tiles spread over all blocks.
-    for (int32_t tile = int32_t((blockIdx.x + unsigned(item) * 7u) % gridDim.x); tile < tiles; tile += int32_t(gridDim.x)) {
+    for (int32_t tile = part; tile < tiles; tile += sharing) {
       const int32_t x0 = box.left + tile % columns * kTile, y0 = box.bottom + tile / columns * kTile;
       if (triangles == 1 && !touches(fan[0], x0, y0)) continue;
       for (int32_t i = thread; i < kTile * kTile; i += kTileThreads) {
@@ -213,7 +216,7 @@ struct ResolvePixel {
 
 constexpr int kGradientThreads = 128;
 
-// If the whole warp sees one triangle, its pixels are summed first.
+// Pixels in a row that see one triangle are summed first.
 __global__ void gradient_kernel(RasterizeBackwardParams p) {
   const int64_t pixels = int64_t(p.height) * p.width, total = p.batch * pixels;
   const int64_t i = int64_t(blockIdx.x) * kGradientThreads + threadIdx.x;
@@ -239,13 +242,11 @@ __global__ void gradient_kernel(RasterizeBackwardParams p) {
       for (int c = 0; c < 3; ++c) p.contributions[12 * i + 4 * k + (c < 2 ? c : 3)] = grad[k][c];
     return;
   }
-  const int32_t image_and_id = __shfl_sync(~0u, id, 0), first_image = int32_t(__shfl_sync(~0u, int32_t(image), 0));
-  const bool together = __all_sync(~0u, id >= 0 && id == image_and_id && int32_t(image) == first_image);
+  const WarpRuns runs(id >= 0 ? (image << 32 | id) : -1);
   TEXT3D_UNROLL for (int k = 0; k < 3; ++k) {
     TEXT3D_UNROLL for (int c = 0; c < 3; ++c) {
-      const float value = together ? warp_sum(grad[k][c]) : grad[k][c];
-      if (id >= 0 && (!together || threadIdx.x % 32 == 0))
-        atomic_add(p.grad_pos + 4 * (first + v[k]) + (c < 2 ? c : 3), value);
+      const float value = runs.sum(grad[k][c]);
+      if (id >= 0 && runs.last) atomic_add(p.grad_pos + 4 * (first + v[k]) + (c < 2 ? c : 3), value);
     }
   }
 }
@@ -261,10 +262,11 @@ void rasterize_forward(const RasterizeForwardParams& p, cudaStream_t stream) {
     cudaMemsetAsync(p.queue, 0, 16, stream);
     launch(p.vertices * (p.instanced ? p.batch : 1), SnapVertex{p.pos, p.snapped, scene.view}, stream);
     launch(drawn, DrawSmall{scene}, stream);
-    const int64_t blocks = drawn < 1024 ? drawn : 1024;
-    TEXT3D_LAUNCH(draw_medium, unsigned((blocks + kWarps - 1) / kWarps), 32 * kWarps, 0, stream, scene);
-    const int64_t tiles = p.batch * ((p.width - 1) / kTile + 1) * ((p.height - 1) / kTile + 1);
-    TEXT3D_LAUNCH(draw_large, unsigned(tiles < blocks ? tiles : blocks), kTileThreads, 0, stream, scene);
+    // Enough blocks to fill a GPU whatever the queues turn out to hold, no more than could have work.
+    const int64_t warps = drawn < kMostBlocks * kWarps ? drawn : kMostBlocks * kWarps;
+    TEXT3D_LAUNCH(draw_medium, unsigned((warps + kWarps - 1) / kWarps), 32 * kWarps, 0, stream, scene);
+    const int64_t tiles = drawn * ((p.width - 1) / kTile + 1) * ((p.height - 1) / kTile + 1);
+    TEXT3D_LAUNCH(draw_large, unsigned(tiles < kMostBlocks ? tiles : kMostBlocks), kTileThreads, 0, stream, scene);
   }
   launch(cells, ResolvePixel{scene}, stream);
 }

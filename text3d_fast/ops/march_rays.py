@@ -14,6 +14,7 @@ from text3d_fast.reference.march_rays import march_rays as reference_march_rays
 
 backends.declare("march_rays", triton=True)
 MAX_LEVELS = 64
+_RAYS_A_TILE = 1024  # kScanTile of csrc/common/scan.h
 _RAY_BYTES, _RUNS_BYTES = 64, 200  # at least sizeof(MarchRay) and sizeof(MarchRuns), checked in the .cpp
 
 
@@ -114,7 +115,7 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     bits = scratch((levels * x * y * z + 31) // 32, torch.int32)
     blocks = scratch(levels * -(-x // 8) * -(-y // 8) * -(-z // 8)) if on_cpu else None
     states, runs = scratch(rays * _RAY_BYTES), scratch(rays * _RUNS_BYTES) if on_cpu else None
-    offsets, info = scratch(rays + 1, torch.int32), scratch(4, torch.int64)
+    offsets, info = scratch(rays + 1, torch.int32), scratch(4 + -(-rays // _RAYS_A_TILE), torch.int64)
     overflow = torch.empty((), dtype=torch.bool, device=device)
 
     def call(entry: str, room: int, ids=None, starts=None, ends=None) -> None:
@@ -124,7 +125,7 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     call("march_rays_count", capacity)
     exact = capacity < 0
     if exact or on_cpu or check_values():
-        found, not_finite, too_many_steps, too_many_samples = info.tolist()
+        found, not_finite, too_many_steps, too_many_samples = info[:4].tolist()
         if not_finite and (on_cpu or check_values()):
             raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, and jitter in "
                              "[0, 1), and times inside the box below 1e38; some ray has other values")

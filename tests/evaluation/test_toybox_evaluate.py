@@ -10,7 +10,7 @@ from text3d_fast.app.cli import Evaluate, main
 from text3d_fast.errors import EmptyMesh
 from text3d_fast.evaluation import metrics
 from text3d_fast.evaluation import suite as evaluate
-from text3d_fast.evaluation.observe import Mesh
+from text3d_fast.evaluation.observe import true_mesh
 from text3d_fast.toybox.bank import one_thread
 from text3d_fast.toybox.captions import PromptError, parse
 from text3d_fast.toybox.scenes import build_scene
@@ -34,8 +34,8 @@ class Maker:
         folder.mkdir(parents=True, exist_ok=True)
         scene = build_scene(parse(prompt if method is EXACT else "a red teapot"))
         with torch.no_grad():
-            mesh = Mesh.from_scene(scene, 32)
-            geometry.write_mesh(folder / "mesh.glb", geometry.Mesh(mesh.vertices, mesh.faces, colors=mesh.colors))
+            mesh = true_mesh(scene, 32)
+            geometry.write_mesh(folder / "mesh.glb", mesh)
             return mesh, {"seconds": {"total": 3.0}, "warnings": []}
 
 

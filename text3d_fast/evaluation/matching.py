@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from text3d_fast.evaluation.metrics import held_out_cameras
-from text3d_fast.evaluation.observe import Mesh, pictures, seen_surface
+from text3d_fast.evaluation.observe import pictures, seen_surface
+from text3d_fast.geometry import Mesh
 from text3d_fast.toybox.objects import CLASSES, COLORS
 from text3d_fast.toybox.render import over, shade
 from text3d_fast.toybox.scenes import Description, Scene, Thing, build_scene

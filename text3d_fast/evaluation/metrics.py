@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from text3d_fast import ops
-from text3d_fast.evaluation.observe import Mesh, projected_inside, seen_surface, silhouettes, thinned
+from text3d_fast.evaluation.observe import projected_inside, seen_surface, silhouettes, thinned
+from text3d_fast.geometry import Mesh
 from text3d_fast.toybox.bank import even_cameras
 from text3d_fast.toybox.objects import CLASSES
 from text3d_fast.toybox.render import Surface
@@ -264,7 +265,7 @@ def ball_mesh(radius: float, center: Sequence[float] = (0.0, 0.0, 0.0), color: S
     ball = trimesh.creation.icosphere(3, radius)
     vertices = torch.tensor(ball.vertices, dtype=torch.float32) + torch.tensor(center)
     colors = None if color is None else torch.tensor(color).expand_as(vertices).contiguous()
-    return Mesh(vertices, torch.tensor(ball.faces, dtype=torch.int32), colors)
+    return Mesh(vertices, torch.tensor(ball.faces, dtype=torch.int32), colors=colors)
 
 
 @torch.no_grad()

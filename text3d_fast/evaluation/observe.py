@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +10,39 @@ import torch
 from torch import Tensor
 
 from text3d_fast import ops
-from text3d_fast.geometry import Mesh as ExportMesh
-from text3d_fast.geometry import read_mesh
+from text3d_fast.geometry import Mesh, read_mesh
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.toybox.render import FOV_Y, Surface, camera_frame, shade, trace
 from text3d_fast.toybox.scenes import Scene
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """A triangle mesh in world coordinates (Y up, front +Z).
+def as_mesh(source: Any) -> Mesh:
+    """Positions, faces and vertex colours (unlit, or None), on the CPU in float32 and int32, of a `geometry.Mesh`,
+    (vertices, faces), (vertices, faces, colors), or a file that `geometry.read_mesh` reads; a texture becomes colours.
 
-    vertices [V, 3] float32, faces [F, 3] int32, colors [V, 3] in 0..1 (unlit) or None.
+    Raises ValueError if it is none of these, or wrong in its shapes.
     """
-
-    vertices: Tensor
-    faces: Tensor
-    colors: Tensor | None = None
-
-    @classmethod
-    def of(cls, mesh: Any) -> Mesh:
-        """From (vertices, faces) or (vertices, faces, colors), a .glb, .obj or .ply file, or an `geometry.Mesh`.
-
-        Raises ValueError if it is none of these, or wrong in its shapes.
-        """
-        if isinstance(mesh, Mesh):
-            return mesh
-        if isinstance(mesh, tuple):
-            return cls(*mesh)._checked()
-        if isinstance(mesh, (str, Path)):
-            mesh = read_mesh(mesh)
-        if not isinstance(mesh, ExportMesh):
-            raise ValueError(f"mesh: expected a tuple, a file name or an geometry.Mesh, got {type(mesh).__name__}")
-        colors = mesh.colors
-        if colors is None and mesh.texture is not None and mesh.uv is not None:
-            colors = _texture_colors(mesh)
-        return cls(mesh.vertices, mesh.faces, colors)._checked()
-
-    @classmethod
-    def from_scene(cls, scene: Scene, resolution: int = 80) -> Mesh:
-        """The true mesh with true colours."""
-        vertices, faces = scene.mesh(resolution)
-        return cls(vertices, faces, scene.albedo(vertices))
-
-    def _checked(self) -> Mesh:
-        vertices, faces = self.vertices.detach().cpu().float(), self.faces.detach().cpu().to(torch.int32)
-        if vertices.dim() != 2 or vertices.shape[1] != 3 or faces.dim() != 2 or faces.shape[1] != 3:
-            raise ValueError(
-                f"mesh: expected vertices [V, 3] and faces [F, 3], got {list(vertices.shape)} and {list(faces.shape)}"
-            )
-        colors = None if self.colors is None else self.colors.detach().cpu().float()[:, :3]
-        if colors is not None and len(colors) != len(vertices):
-            raise ValueError(f"mesh: expected one colour a vertex ({len(vertices)}), got {len(colors)}")
-        return Mesh(vertices, faces, colors)
+    if isinstance(source, (str, Path)):
+        source = read_mesh(source)
+    elif isinstance(source, tuple):
+        colors = source[2] if len(source) > 2 else None
+        source = Mesh(*source[:2], colors=None if colors is None else colors[:, :3])
+    if not isinstance(source, Mesh):
+        raise ValueError(f"mesh: expected a tuple, a file name or a geometry.Mesh, got {type(source).__name__}")
+    colors = source.colors
+    if colors is None and source.texture is not None and source.uv is not None:
+        colors = _texture_colors(source)
+    vertices, faces = source.vertices.detach().cpu().float(), source.faces.detach().cpu().to(torch.int32)
+    return Mesh(vertices, faces, colors=None if colors is None else colors.detach().cpu().float())
 
 
-def _texture_colors(mesh: ExportMesh) -> Tensor:
+def true_mesh(scene: Scene, resolution: int = 80) -> Mesh:
+    """The mesh of a scene with its true colours."""
+    vertices, faces = scene.mesh(resolution)
+    return Mesh(vertices, faces, colors=scene.albedo(vertices))
+
+
+def _texture_colors(mesh: Mesh) -> Tensor:
     """The texture at each vertex, at one of its places in the atlas."""
     place = mesh.uv.new_zeros(len(mesh.vertices), 2)
     place[mesh.faces.long().flatten()] = mesh.uv[mesh.uv_faces.long().flatten()]

@@ -28,8 +28,9 @@ import torch
 
 from text3d_fast.evaluation import metrics
 from text3d_fast.evaluation.matching import Gallery, facing, wilson_interval
-from text3d_fast.evaluation.observe import Mesh, pictures
+from text3d_fast.evaluation.observe import as_mesh, pictures
 from text3d_fast.files import atomic_path, write_bytes
+from text3d_fast.geometry import Mesh
 from text3d_fast.toybox.bank import one_thread
 from text3d_fast.toybox.captions import parse
 from text3d_fast.toybox.render import over
@@ -227,7 +228,7 @@ class _Suite:
         except EmptyMesh as error:
             none = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int32))
             return none, {"warnings": [str(error)]}
-        return Mesh.of(mesh), about
+        return as_mesh(mesh), about
 
     def _judged(self, description: Description, mesh: Mesh) -> dict:
         member = metrics.fit_member(description, mesh)
@@ -273,7 +274,7 @@ class _Suite:
                 cells = [pictures(build_scene(parse(prompt)), cameras)]
                 for method in methods:
                     mesh = self.place(method, prompt, seed) / "mesh.glb"
-                    cells.append(pictures(Mesh.of(mesh), cameras) if mesh.is_file() else torch.zeros_like(cells[0]))
+                    cells.append(pictures(as_mesh(mesh), cameras) if mesh.is_file() else torch.zeros_like(cells[0]))
                 images = over(torch.cat(cells), ground)
                 rows.append(torch.cat(list(images), 1))
         sheet = (torch.cat(rows).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -19,7 +19,7 @@ from text3d_fast.guidance import GaussianMixture, MixturePrior
 from text3d_fast.pipelines.config import DreamFusionConfig
 from text3d_fast.pipelines.dreamfusion import DreamFusionStage
 
-FIELDS = ("commit", "threads", "case", "way", "rays", "samples", "ms", "MB")
+FIELDS = ("commit", "threads", "case", "way", "rays", "samples", "ms", "cpu_ms", "MB")
 
 
 def make() -> tuple[DreamFusionStage, torch.Generator]:
@@ -34,17 +34,17 @@ def make() -> tuple[DreamFusionStage, torch.Generator]:
     return training, training.generator
 
 
-def median_ms(run, seconds: float) -> float:
-    """Of the calls that fit into `seconds`, after two that do not count."""
-    times = []
+def measure(run, seconds: float) -> tuple[float, float]:
+    """Median wall time and smallest CPU time (all threads) of the calls that fit into `seconds`, ms."""
     for _ in range(2):
         run()
+    walls, cpus = [], []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
+    while time.perf_counter() < end or len(walls) < 3:
+        wall, cpu = time.perf_counter(), time.process_time()
         run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+        walls.append(time.perf_counter() - wall), cpus.append(time.process_time() - cpu)
+    return 1e3 * statistics.median(walls), 1e3 * min(cpus)
 
 
 def steps(seconds: float):
@@ -79,9 +79,9 @@ def steps(seconds: float):
                 torch.testing.assert_close(got / want.abs().max(), want / want.abs().max(), rtol=1e-3, atol=1e-3)
         for gradients in (False, True):
             for way in (False, True):
-                ms = median_ms(lambda way=way, gradients=gradients: step(way, gradients), seconds)
+                ms = measure(lambda way=way, gradients=gradients: step(way, gradients), seconds)
                 name = f"{mode}{' with normals' if normals else ''} {'step' if gradients else 'forward'}"
-                yield name, "fused" if way else "parts", len(origins), samples.num_samples, ms, ""
+                yield name, "fused" if way else "parts", len(origins), samples.num_samples, *ms, ""
 
 
 def memory(seconds: float):
@@ -101,16 +101,15 @@ def memory(seconds: float):
         leaves = (field.grid.params, field.weights.detach().requires_grad_())
         for mode in ("albedo", "textureless"):
             lights = ops.PointLights(*(torch.rand(1, 3, generator=generator) for _ in range(3)))
-            values = None
-            begin, start = _peak(reset=True), time.perf_counter()
+            begin, start = _peak(reset=True), (time.perf_counter(), time.process_time())
             out = ops.render_field(origins, directions, *leaves, samples, field.spec, mode=mode,
                                    lights=lights if mode != "albedo" else None, early_stop=0.0)
             values = out.values.square().sum() + out.depth.sum()
             grads = torch.autograd.grad(values, leaves)
-            ms = 1e3 * (time.perf_counter() - start)
+            ms = 1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])
             kept = sum(t.numel() * 4 for t in (*out, *grads) if t is not None)
             added = _peak() - begin - kept
-            yield f"{mode} step, all samples", "fused", rays, samples.num_samples, ms, round(added / 1e6, 1)
+            yield f"{mode} step, all samples", "fused", rays, samples.num_samples, *ms, round(added / 1e6, 1)
             del out, values, grads
 
 

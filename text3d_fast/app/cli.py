@@ -34,6 +34,8 @@ class Generate:
 
       text3d-fast generate "a red mug" --pipeline magic3d
 
+      text3d-fast generate "a mug" --pipeline prolificdreamer --particles 4
+
       text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
     """
 
@@ -41,7 +43,7 @@ class Generate:
     """What to make. The built-in model knows a small world: "a red mug", "a striped ball on a blue cube"."""
     pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
     """The method. magic3d makes a coarse volume, then refines its surface as a textured mesh at higher resolution;
-    prolificdreamer does not exist yet."""
+    prolificdreamer makes several different results by variational score distillation."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The image prior: a folder, a .safetensors file or a hub id of a Stable-Diffusion-class model; "toybox" for
     the learned built-in one, the default; "analytic" for the exact built-in one, which is quicker. Without it, magic3d
@@ -49,9 +51,13 @@ class Generate:
     fine_model: Annotated[str | None, arg(metavar="MODEL")] = None
     """magic3d: another prior for the fine stage; by default MODEL for both, if it is given."""
     stage: Annotated[str | None, arg(metavar="NAME")] = None
-    """Run only this stage of the pipeline: coarse or fine of magic3d."""
+    """Run only this stage of the pipeline: coarse or fine of magic3d; vsd, geometry or texturing of prolificdreamer."""
     start: Annotated[Path | None, arg(metavar="DIR")] = None
     """Begin after the stage that a run in DIR has finished."""
+    particles: Annotated[int | None, arg(metavar="N")] = None
+    """prolificdreamer: how many results to make side by side; the default is 1."""
+    preset: Literal["small", "scene"] | None = None
+    """prolificdreamer: small is for two CPU cores; scene is a place seen from within, to be run with --stage vsd."""
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Steps of optimization; the default depends on the model."""
     seed: int = 0
@@ -219,13 +225,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(options: Generate) -> int:
-    if options.pipeline == "prolificdreamer":
-        return fail(f"--pipeline {options.pipeline} does not exist yet; dreamfusion and magic3d do")
+    for name in ("particles", "preset"):
+        if getattr(options, name) is not None and options.pipeline != "prolificdreamer":
+            return fail(f"--{name}: only --pipeline prolificdreamer has it")
     if options.fine_model is not None and options.pipeline != "magic3d":
         return fail("--fine-model: only --pipeline magic3d has a fine stage")
     from text3d_fast import backends, pipelines
+    from text3d_fast.pipelines.recipes import PRESETS
 
-    kind = {"dreamfusion": pipelines.DreamFusion, "magic3d": pipelines.Magic3D}[options.pipeline]
+    kind = {"dreamfusion": pipelines.DreamFusion, "magic3d": pipelines.Magic3D,
+            "prolificdreamer": pipelines.ProlificDreamer}[options.pipeline]
 
     def make(settings: dict):
         backends.use_backend(options.backend)
@@ -233,6 +242,10 @@ def generate(options: Generate) -> int:
             several = len(kind.stages) > 1
             settings |= {f"{stage.name}.guidance.camera" if several else "guidance.camera": False
                          for stage in kind.stages}
+        if options.preset is not None:
+            settings = PRESETS[options.preset] | settings
+        if options.particles is not None:
+            settings |= {"particles": options.particles}
         further = {} if options.fine_model is None else {"fine_model": options.fine_model}
         return kind(options.model, options.device, settings=settings, **further)
 

@@ -108,6 +108,7 @@ class Prior(ABC):
     view_words   a name in prompts.WORDINGS; None: the recipe's
     camera_distribution  the cameras it knows, in degrees and world units: {"elevation": (low, high), "azimuth": ...,
                  "distance": ..., "fov_y": ...}; None if it does not say
+    normal_words what a prompt adds for pictures of normals ((n + 1) / 2 in the world); "": it takes them as any picture
     wishes       settings that suit it better than the recipe's: {"guidance.weight": 1.0}, dotted as in config.yaml
     """
 
@@ -118,6 +119,7 @@ class Prior(ABC):
     conditions: Sequence[str] = ()
     view_words: str | None = None
     camera_distribution: Mapping[str, Any] | None = None
+    normal_words: str = ""
     wishes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod

@@ -22,7 +22,8 @@ class GuidanceConfig:
 
     weight         w of (1 + w) eps(text) - w eps(empty); other projects' "scale" is w + 1
     weighting      w(t): sigma2, uniform, kl, sample, alpha_sigma2
-    time           t is uniform in (low, high) at the start and in final_time at the end, moving linearly until time_end
+    time           t is uniform in (low, high) at the start and in final_time at the end
+    time_moves     how it gets there until the progress time_end: "linear", "sqrt", or in one "step" at time_end
     camera         give the camera to a prior that knows it; False is the faithful setting: words only
     background     give the background colour to a prior that knows it
     jacobian       backpropagate through the network as well
@@ -34,6 +35,7 @@ class GuidanceConfig:
     time: tuple[float, float] = (0.02, 0.98)
     final_time: tuple[float, float] | None = None
     time_end: float = 1.0
+    time_moves: str = "linear"
     camera: bool = True
     background: bool = True
     jacobian: bool = False
@@ -325,6 +327,84 @@ class EditConfig(Magic3DConfig):
     """A finished Magic3D run, continued with another prompt: its fine stage goes on as `edit`."""
 
     edit: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """The score of the particles' own noisy pictures; see `guidance.VariationalScoreDistillation`.
+
+    kind           "lora": learned by adapters on the prior's network; "particles": the exact one of n pictures, for
+                   priors without a network
+    rank, rate     of the adapters, and of their AdamW
+    calls          "separate", "together" or "reused" calls of the network
+    pose_dropout   share of its training pictures whose camera is dropped
+    """
+
+    kind: str = "lora"
+    rank: int = 4
+    rate: float = 1e-4
+    calls: str = "separate"
+    pose_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "particles"):
+            raise ValueError(f"kind: expected lora or particles, got {self.kind!r}")
+
+
+@dataclass(kw_only=True)
+class ParticleConfig:
+    """How n particles take their steps: "all" of them in each, or "one" drawn at random, as in the authors' code."""
+
+    each_step: str = "all"
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+
+    def __post_init__(self) -> None:
+        if self.each_step not in ("all", "one"):
+            raise ValueError(f"each_step: expected all or one, got {self.each_step!r}")
+        if self.score.kind == "particles" and self.each_step != "all":
+            raise ValueError("each_step: the exact score of the particles needs pictures of all of them")
+
+
+def _variational() -> GuidanceConfig:
+    return GuidanceConfig(weight=6.5, final_time=(0.02, 0.5), time_end=0.2, time_moves="step")
+
+
+@dataclass(kw_only=True)
+class VsdConfig(ParticleConfig, VolumeConfig):
+    """ProlificDreamer's first stage: radiance fields under VSD; entropy makes rays hit or miss."""
+
+    guidance: GuidanceConfig = dataclasses.field(default_factory=_variational)
+    penalties: PenaltyConfig = dataclasses.field(default_factory=lambda: PenaltyConfig(entropy=(0.0, 1e-3)))
+
+    def __post_init__(self) -> None:
+        VolumeConfig.__post_init__(self)
+        ParticleConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class TextureConfig(ParticleConfig, MeshConfig):
+    """ProlificDreamer's third stage: the texture under VSD; the surface's rates and penalties are not used."""
+
+    guidance: GuidanceConfig = dataclasses.field(default_factory=_variational)
+
+    def __post_init__(self) -> None:
+        MeshConfig.__post_init__(self)
+        ParticleConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True)
+class ProlificDreamerConfig(RunConfig):
+    """ProlificDreamer: n particles through three stages; steps are those of each particle (unless each_step is one)."""
+
+    pipeline: str = "prolificdreamer"
+    particles: int = 1
+    vsd: VsdConfig = dataclasses.field(default_factory=VsdConfig)
+    geometry: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    texturing: TextureConfig = dataclasses.field(default_factory=TextureConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "particles")
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from text3d_fast import geometry
 from text3d_fast.errors import EmptyMesh
 from text3d_fast.geometry import Mesh
-from text3d_fast.guidance import ScoreDistillation
-from text3d_fast.guidance.distillation import Distillation
+from text3d_fast.guidance import DistillationLoss
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import DeformableTetGrid
 from text3d_fast.pipelines.config import MeshConfig
 from text3d_fast.pipelines.pictures import mesh_views
-from text3d_fast.pipelines.stage import Extraction, Stage, StepState
+from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
 from text3d_fast.pipelines.surface import choose_threshold, colored
 from text3d_fast.pipelines.volume_stage import VolumeStage, sample_cameras, score_distillation, view_conditions
 from text3d_fast.scene.background import random_background
+from text3d_fast.scene.cameras import Cameras
+from text3d_fast.scene.lights import Lights
 from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes, vertex_normals
 from text3d_fast.scene.regularizers import laplacian_loss, normal_consistency, sdf_sign_loss
 from text3d_fast.scene.tet_field import ColorField, TetField, fit_to_density
@@ -58,7 +59,7 @@ class MeshStage(Stage):
         self.views = ViewPrompts(self.config.view_words, front=self.config.view_sectors[0],
                                  back=self.config.view_sectors[1])
         self.distill = self.distillation()
-        self.prior.prepare([*self.views.all(self.run.prompt), self.config.guidance.negative_prompt])
+        self.prior.prepare([*self.views.all(self.prompt), self.config.guidance.negative_prompt])
 
     def modules(self) -> dict[str, nn.Module]:
         return {"scene": self.scene, "kept": self.kept}
@@ -68,22 +69,29 @@ class MeshStage(Stage):
 
     def step(self) -> StepState:
         """Magic3D's section 4.2: the mesh of now, a picture of it or of a part, score distillation, Adam."""
+        look = self.look()
+        distilled = self.distill(look.images, view_conditions(self, look), self.progress, self.generator)
+        loss = distilled.loss + look.penalties
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return StepState(self, look.rendering, loss.detach(), distilled.gradient_norm)
+
+    def look(self, cameras: Cameras | None = None, color: Tensor | None = None) -> Look:
+        """The step's pictures: from these cameras, over this colour [B, 3]; None: random ones, as the light is."""
         config, generator = self.config, self.generator
         mesh = self.surface()
         scale = float(self.kept.scale)
         for group, rate, part in zip(self.optimizer.param_groups, self._rates, (scale, scale, 1.0, 1.0), strict=True):
             group["lr"] = part * config.optimizer.rate(rate, self.step_done, config.steps)
-        cameras = self.sample_cameras()
+        if cameras is None:
+            cameras = self.sample_cameras()
         lights = config.lights.sample(cameras, generator)
         mode = config.shading.sample(self.progress, generator)
-        background = random_background(config.batch, generator, self.device)
-        rendering = self.render(mesh, cameras, background, lights, mode)
-        distilled = self.guide(rendering, cameras, background)
-        loss = distilled.loss + self.penalties(mesh)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return StepState(self, rendering, loss.detach(), distilled.gradient_norm)
+        if color is None:
+            color = random_background(config.batch, generator, self.device)
+        rendering = self.render(mesh, cameras, color, lights, mode)
+        return Look(rendering, self.images(rendering), cameras, color, self.penalties(mesh))
 
     def surface(self) -> Mesh:
         """The mesh of now, with smooth normals; if it has vanished, that of the last copy."""
@@ -97,22 +105,22 @@ class MeshStage(Stage):
             self.kept.keep(self.scene.tets, len(faces))
         return Mesh(vertices, faces, vertex_normals(vertices, faces))
 
-    def render(self, mesh: Mesh, cameras, background: Tensor, lights, mode: str) -> MeshRendering:
+    def render(self, mesh: Mesh, cameras: Cameras, background: Tensor, lights: Lights, mode: str) -> MeshRendering:
         return render_meshes([mesh], cameras, background, lights, mode, material=self.scene.color)
 
-    def sample_cameras(self):
+    def sample_cameras(self) -> Cameras:
         return sample_cameras(self)
 
-    def distillation(self) -> ScoreDistillation:
+    def distillation(self) -> DistillationLoss:
         return score_distillation(self)
 
-    def guide(self, rendering: MeshRendering, cameras, background: Tensor) -> Distillation:
-        """The distillation of the step's pictures; larger ones are averaged down to the prior's size."""
+    def images(self, rendering: MeshRendering) -> Tensor:
+        """The step's pictures; larger ones are averaged down to the prior's size."""
         factor, rest = divmod(rendering.color.shape[1], self.prior.image_size)
         images = rendering.color
         if factor > 1 and rest == 0:
             images = nn.functional.avg_pool2d(images.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
-        return self.distill(images, view_conditions(self, cameras, background), self.progress, self.generator)
+        return images
 
     def penalties(self, mesh: Mesh) -> Tensor:
         tets = self.scene.tets

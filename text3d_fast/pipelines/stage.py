@@ -14,6 +14,7 @@ from text3d_fast.geometry import Mesh
 from text3d_fast.guidance import Prior
 from text3d_fast.pipelines.checkpoint import optimizer_tensors, restore_optimizer
 from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.scene.cameras import Cameras
 
 
 @dataclass
@@ -31,6 +32,22 @@ class StepState:
     loss: Tensor
     gradient_norm: Tensor
     rate: float = 0.0
+
+
+@dataclass
+class Look:
+    """One look at a scene, with its graph.
+
+    rendering    as `StepState.rendering`; images [B, H, W, 3] of it, in a size that the prior takes
+    background   [B, 3] where it is one colour that the prior may be told, otherwise None
+    penalties    scalar, weighted, on what was seen
+    """
+
+    rendering: Any
+    images: Tensor
+    cameras: Cameras
+    background: Tensor | None
+    penalties: Tensor
 
 
 @dataclass
@@ -58,7 +75,7 @@ class Stage(ABC):
         previous: Stage | None = None, index: int = 0,
     ):
         self.config, self.run, self.prior, self.device = config, run, prior, torch.device(device)
-        self.step_done, self.seconds = 0, 0.0
+        self.index, self.step_done, self.seconds = index, 0, 0.0
         self.seconds_before = 0.0 if previous is None else previous.seconds_before + previous.seconds
         self.generator = torch.Generator().manual_seed(run.seed + 1000 * index)
         self.build(previous)
@@ -86,6 +103,11 @@ class Stage(ABC):
     @abstractmethod
     def extract(self) -> list[Extraction]:
         """The finished assets, one for each particle; an empty mesh where there is no surface."""
+
+    @property
+    def prompt(self) -> str:
+        """What its pictures show, in words."""
+        return self.run.prompt
 
     @property
     def progress(self) -> float:

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from text3d_fast import ops
-from text3d_fast.guidance import Conditions, ScoreDistillation, TimeRange
-from text3d_fast.guidance.distillation import Distillation
+from text3d_fast.guidance import Conditions, DistillationLoss, ScoreDistillation, TimeRange
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import OccupancyGrid
 from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, VolumeConfig
 from text3d_fast.pipelines.pictures import volume_views
-from text3d_fast.pipelines.stage import Extraction, Stage, StepState
+from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
 from text3d_fast.pipelines.surface import volume_surface
 from text3d_fast.scene.background import BackgroundNetwork, random_background
 from text3d_fast.scene.cameras import Cameras
@@ -48,7 +47,7 @@ class VolumeStage(Stage):
                                           lr=0.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
         self.views = ViewPrompts(config.view_words, front=config.view_sectors[0], back=config.view_sectors[1])
         self.distill = self.distillation()
-        self.prior.prepare([*self.views.all(self.run.prompt), config.guidance.negative_prompt])
+        self.prior.prepare([*self.views.all(self.prompt), config.guidance.negative_prompt])
 
     def modules(self) -> dict[str, nn.Module]:
         named = {"field": self.field, "occupancy": self.renderer.occupancy}
@@ -59,30 +58,35 @@ class VolumeStage(Stage):
 
     def step(self) -> StepState:
         """One step of DreamFusion's section 3."""
-        config, generator = self.config, self.generator
-        self._prepare_step()
+        # 1. a picture from a random camera
+        look = self.look()
 
-        # 1. a random camera, light and background
-        cameras = self.sample_cameras()
-        lights = config.lights.sample(cameras, generator)
-        mode = config.shading.sample(self.progress, generator)
-        color = random_background(config.batch, generator, self.device)
-        background = color if self.background is None else self.background(cameras.rays()[1])
-
-        # 2. a picture
-        normals = config.field.normals if self.penalty("orientation") > 0 or mode != "albedo" else None
-        rendering = self.renderer(self.field, cameras, background, lights, mode, normals, generator)
-
-        # 3. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and
+        # 2. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and
         # a seed means the same everywhere
-        distilled = self.guide(rendering, cameras, color if self.background is None else None)
-        loss = distilled.loss + self.penalties(rendering)
+        distilled = self.distill(look.images, view_conditions(self, look), self.progress, self.generator)
+        loss = distilled.loss + look.penalties
 
-        # 4. a step of Adam
+        # 3. a step of Adam
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return StepState(self, rendering, loss.detach(), distilled.gradient_norm)
+        return StepState(self, look.rendering, loss.detach(), distilled.gradient_norm)
+
+    def look(self, cameras: Cameras | None = None, color: Tensor | None = None) -> Look:
+        """The step's pictures: from these cameras, over this colour [B, 3]; None: random ones, as the light is."""
+        config, generator = self.config, self.generator
+        self._prepare_step()
+        if cameras is None:
+            cameras = self.sample_cameras()
+        lights = config.lights.sample(cameras, generator)
+        mode = config.shading.sample(self.progress, generator)
+        if color is None:
+            color = random_background(config.batch, generator, self.device)
+        background = color if self.background is None else self.background(cameras.rays()[1])
+        normals = config.field.normals if self.penalty("orientation") > 0 or mode != "albedo" else None
+        rendering = self.renderer(self.field, cameras, background, lights, mode, normals, generator)
+        return Look(rendering, rendering.color, cameras, color if self.background is None else None,
+                    self.penalties(rendering))
 
     def _prepare_step(self) -> None:
         """What depends on the step alone: learning rates, hash-grid levels, the occupancy grid."""
@@ -99,12 +103,7 @@ class VolumeStage(Stage):
     def sample_cameras(self) -> Cameras:
         return sample_cameras(self)
 
-    def guide(self, rendering: Rendering, cameras: Cameras, background: Tensor | None) -> Distillation:
-        """The distillation of the step's pictures; background [B, 3] where it is one colour."""
-        conditions = view_conditions(self, cameras, background)
-        return self.distill(rendering.color, conditions, self.progress, self.generator)
-
-    def distillation(self) -> ScoreDistillation:
+    def distillation(self) -> DistillationLoss:
         return score_distillation(self)
 
     def penalty(self, name: str) -> float:
@@ -163,20 +162,25 @@ def sample_cameras(stage: Stage) -> Cameras:
 def score_distillation(stage: Stage) -> ScoreDistillation:
     """Of the stage's guidance settings."""
     chosen: GuidanceConfig = stage.config.guidance
-    final = chosen.final_time or (None, None)
-    kind = "constant" if chosen.final_time is None else "linear"
     return ScoreDistillation(
-        stage.prior, chosen.weight, chosen.weighting, TimeRange(*chosen.time, *final, kind=kind, end=chosen.time_end),
-        jacobian=chosen.jacobian, clip=chosen.clip, negative_prompt=chosen.negative_prompt,
+        stage.prior, chosen.weight, chosen.weighting, time_range(chosen), jacobian=chosen.jacobian, clip=chosen.clip,
+        negative_prompt=chosen.negative_prompt,
     )
 
 
-def view_conditions(stage: Stage, cameras: Cameras, background: Tensor | None) -> Conditions:
-    """What the prior is told of these cameras: the prompt of the view, and of the rest what it knows and may know."""
+def time_range(chosen: GuidanceConfig) -> TimeRange:
+    final = chosen.final_time or (None, None)
+    kind = "constant" if chosen.final_time is None else chosen.time_moves
+    return TimeRange(*chosen.time, *final, kind=kind, end=chosen.time_end)
+
+
+def view_conditions(stage: Stage, look: Look) -> Conditions:
+    """What the prior is told of a look: the prompt of the view, and of the rest what it knows and may know."""
+    cameras, background = look.cameras, look.background
     chosen: GuidanceConfig = stage.config.guidance
     known = stage.prior.conditions
     return Conditions(
-        stage.views(stage.run.prompt, cameras.elevation, cameras.azimuth),
+        stage.views(stage.prompt, cameras.elevation, cameras.azimuth),
         cameras.condition if chosen.camera and "camera" in known else None,
         background if chosen.background and "background" in known else None,
         window=cameras.window if "window" in known else None,

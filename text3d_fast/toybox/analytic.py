@@ -55,6 +55,7 @@ class AnalyticPrior(Prior):
 
     name, kind = "analytic", "exact"
     view_words = "left_right"
+    normal_words = "normal map"
     conditions = ("camera", "background", "window")
     camera_distribution = {
         "elevation": (-10.0, 70.0),

@@ -13,6 +13,8 @@ from text3d_fast.toybox.captions import canonical_prompt
 class ToyboxPrior(DiffusionPrior):
     """Understands Toybox's small language only."""
 
+    normal_words = "normal map"
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         for part in (self.unet.mean_image, self.unet.refiner):  # channels last pays for the U-Net's convolutions alone

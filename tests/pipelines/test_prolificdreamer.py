@@ -1,0 +1,145 @@
+"""ProlificDreamer on tiny priors: three stages of several particles, their LoRA, resumed to the bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from red_ball import TINY, RedBall
+from tiny_models import save_model
+
+from text3d_fast.errors import Interrupted
+from text3d_fast.guidance import DiffusionPrior
+from text3d_fast.pipelines import ProlificDreamer, ProlificDreamerConfig
+from text3d_fast.pipelines.recipes import PRESETS
+from text3d_fast.scene.cameras import CameraDistribution
+
+RUN = ("mesh_resolution", "preview_every", "checkpoint_every")
+MESH = {"size": 24, "surface.resolution": 16, "surface.further_levels": 1, "guidance.weight": 0.0,
+        "guidance.weighting": "sample", "shading.lit": 0.0, "optimizer.grid": 0.05, "optimizer.network": 0.02}
+SETTINGS = {name if name in RUN else f"vsd.{name}": value for name, value in TINY.items()} | {
+    f"{stage}.{name}": value for stage in ("geometry", "texturing") for name, value in MESH.items()
+} | {"particles": 2, "vsd.steps": 30, "geometry.steps": 2, "texturing.steps": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """Pictures of a finished run are tested on their own; here they would take most of the time."""
+    from text3d_fast.pipelines import mesh_stage, pictures, results, surface
+
+    choose = surface.choose_threshold
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (surface, mesh_stage):
+            patch.setattr(module, "choose_threshold", lambda *args: choose(*args, 16))
+        patch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
+        patch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
+        yield
+
+
+class NormalBall(RedBall):
+    normal_words = "normal map"
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    pytest.importorskip("peft")
+    folder = save_model(tmp_path_factory.mktemp("models") / "pixel", latent=False)
+    settings = {"format": 1, "image_size": 32, "pixel_unshuffle": 2}
+    (folder / "text3d.json").write_text(json.dumps(settings))
+    return DiffusionPrior.from_pretrained(folder)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_particles_through_three_stages(tmp_path):
+    prior, vertices, words = NormalBall(), {}, {}
+
+    def watch(step, state):
+        stage = state.stage
+        words.setdefault(stage.name, set()).update(prior.seen[-1].texts)
+        if stage.name != "vsd" and step in (1, stage.config.steps):
+            vertices[stage.name, step] = [p.scene.tets.mesh()[0].clone() for p in stage.particles]
+
+    folder = tmp_path / "run"
+    result = ProlificDreamer(prior=prior, device="cpu", settings=SETTINGS).run("a ball", out=folder, callback=watch)
+    assert len(result.meshes) == 2
+    for name in ("mesh.glb", "mesh-2.glb", "views.png", "vsd.safetensors", "geometry.safetensors"):
+        assert (folder / name).is_file()
+    for mesh in result.meshes:
+        assert mesh.is_closed()
+        assert mesh.colors[:, 0].mean() > 0.6 > 0.4 > mesh.colors[:, 1].mean()
+    assert not torch.equal(result.meshes[0].vertices, result.meshes[1].vertices)
+    # the second stage shows normal maps and says so, the third one leaves the geometry as it was
+    assert all(", normal map, " in text for text in words["geometry"])
+    assert not any("normal map" in text for text in words["vsd"] | words["texturing"])
+    for first, last in zip(vertices["texturing", 1], vertices["texturing", 10], strict=True):
+        assert torch.equal(first, last)
+    assert json.loads((folder / "result.json").read_text())["particles"] == 2
+    assert ProlificDreamerConfig.load(folder / "config.yaml").to_yaml() == result.config.to_yaml()
+
+
+LORA = {"score.kind": "lora", "score.rate": 1e-2, "guidance.weight": 1.0, "guidance.weighting": "sigma2"}
+
+
+def with_lora(prior, each_step="all", **settings):
+    changed = {f"{stage}.{name}": value for stage in ("vsd", "texturing") for name, value in LORA.items()}
+    changed |= {"vsd.steps": 3, "geometry.steps": 1, "texturing.steps": 3, "vsd.each_step": each_step}
+    return ProlificDreamer(prior=prior, device="cpu", settings=SETTINGS | changed | settings)
+
+
+@pytest.mark.parametrize("at", ["vsd", "texturing"])
+def test_resuming_gives_the_unbroken_result_with_its_lora(unet, tmp_path, at):
+    each = "one" if at == "vsd" else "all"
+    whole = with_lora(unet, each).run("a red mug", out=tmp_path / "whole")
+    initial = {name: value.clone() for name, value in with_lora(unet)._make(
+        whole.config, ProlificDreamer.stages[0], None).distill.modules["score"].state_dict().items()}
+    learned = whole.stage.distill.modules["score"].state_dict()
+    assert any(not torch.equal(initial[name], learned[name]) for name in learned if name.startswith("layers"))
+
+    def press(step, state):
+        if state.stage.name == at and step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        with_lora(unet, each).run("a red mug", out=tmp_path / "broken", callback=press)
+    resumed = with_lora(unet, each).run("a red mug", out=tmp_path / "broken", resume=True)
+    assert same(whole.stage.tensors(), resumed.stage.tensors())
+    assert any(name.startswith("score/layers") for name in resumed.stage.tensors())
+    assert len(resumed.meshes) == 2
+
+
+def test_a_lost_particle_is_said_and_the_others_go_on(tmp_path):
+    def erase(step, state):
+        if state.stage.name == "vsd" and step == 4:
+            field = state.stage.particles[0].field
+            with torch.no_grad():
+                field.output.weight.zero_()
+                field.output.bias.fill_(-100.0)
+
+    settings = SETTINGS | {"vsd.steps": 4, "geometry.steps": 1, "texturing.steps": 1}
+    result = ProlificDreamer(prior=RedBall(), device="cpu", settings=settings).run("a ball", callback=erase)
+    assert len(result.meshes) == 1 and "particle 1 of 2 is lost" in result.warnings[0]
+
+
+def test_what_does_not_go_together_is_said():
+    with pytest.raises(ValueError, match="network"):
+        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.score.kind": "lora"}).run("a ball")
+    with pytest.raises(ValueError, match="batch"):
+        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.batch": 2}).run("a ball")
+    with pytest.raises(ValueError, match="each_step"):
+        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.each_step": "one"})
+    with pytest.raises(ValueError, match="particles"):
+        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"particles": 0})
+
+
+def test_a_scene_is_empty_in_its_middle():
+    pipeline = ProlificDreamer(prior=RedBall(), device="cpu", settings=SETTINGS | PRESETS["scene"])
+    stage = pipeline._make(pipeline.config, ProlificDreamer.stages[0], None)
+    points = torch.tensor([[0.0, 0.0, 0.0], [0.9, 0.9, 0.9]])
+    for particle in stage.particles:
+        middle, outside = particle.field(points, None).density.tolist()
+        assert middle < 1e-2 < 1.0 < outside
+    assert isinstance(stage.config.cameras, CameraDistribution) and stage.config.cameras.distance[1] < 0.5

@@ -1,4 +1,4 @@
-"""The command line: text3d-fast generate | edit | view | evaluate | bench | doctor.
+"""The command line: text3d-fast generate | edit | playground | view | evaluate | bench | doctor.
 
 Imports here are light, so that --help answers at once; torch comes with the command that needs it.
 """
@@ -112,6 +112,40 @@ class Edit:
 
 
 @dataclass
+class Playground:
+    """Compare sampling and distillation losses on pictures: what the loss does, without a 3D scene.
+
+    Writes figure7.png (ancestral sampling, SDS, VSD, CSD, ISM and SDS-Bridge side by side), grid.png (the first three
+    at several guidance weights), table.csv and table.json (saturation, sharpness, diversity) into the folder OUT.
+
+    Examples:
+
+      text3d-fast playground "a red mug"
+
+      text3d-fast playground "a mug" --no-grid --count 8 --steps 300
+    """
+
+    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    """What the pictures show."""
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    """The image prior, as for generate; latent models are refused (their decoder is not kept)."""
+    count: int = 4
+    """Pictures by each method."""
+    steps: int = 120
+    """Steps of each loss."""
+    weights: tuple[float, ...] = (1.0, 3.0, 7.5, 30.0, 100.0)
+    """Guidance weights of the grid, in the (1 + w) / w form."""
+    no_grid: bool = False
+    """Only the figure."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The folder for the results; by default runs/playground-PROMPT."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+@dataclass
 class View:
     """Show a mesh: as a picture, relit and composited, or live in the browser.
 
@@ -210,13 +244,15 @@ class Doctor:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"generate": Generate, "edit": Edit, "view": View, "evaluate": Evaluate, "bench": Bench, "doctor": Doctor},
+        {"generate": Generate, "edit": Edit, "playground": Playground, "view": View, "evaluate": Evaluate,
+         "bench": Bench, "doctor": Doctor},
         prog="text3d-fast",
         description="Text to 3D with 2D diffusion models, with and without a GPU.",
         args=arguments,
         config=(FlagCreatePairsOff,),
     )
-    run = {Generate: generate, Edit: edit, View: view, Evaluate: evaluate, Bench: bench, Doctor: doctor}[type(command)]
+    run = {Generate: generate, Edit: edit, Playground: playground, View: view, Evaluate: evaluate, Bench: bench,
+           Doctor: doctor}[type(command)]
     try:
         return run(command)
     except KeyboardInterrupt:
@@ -309,6 +345,18 @@ def optimize(options: Generate | Edit, make: Callable, run: Callable) -> int:
         return fail(str(error))
     if not options.quiet:
         progress.summary(result)
+    return 0
+
+
+def playground(options: Playground) -> int:
+    from text3d_fast.app import playground as comparing
+    from text3d_fast.errors import OutputError
+
+    out = options.out or default_folder(f"playground {options.prompt}", False)
+    try:
+        comparing.compare(options, out)
+    except (OutputError, ValueError) as error:
+        return fail(str(error))
     return 0
 
 

@@ -109,6 +109,7 @@ class Prior(ABC):
     camera_distribution  the cameras it knows, in degrees and world units: {"elevation": (low, high), "azimuth": ...,
                  "distance": ..., "fov_y": ...}; None if it does not say
     normal_words what a prompt adds for pictures of normals ((n + 1) / 2 in the world); "": it takes them as any picture
+    flaw_words   what a prompt adds for pictures that distillation spoiled; "": `variants.FLAWS`
     wishes       settings that suit it better than the recipe's: {"guidance.weight": 1.0}, dotted as in config.yaml
     """
 
@@ -120,6 +121,7 @@ class Prior(ABC):
     view_words: str | None = None
     camera_distribution: Mapping[str, Any] | None = None
     normal_words: str = ""
+    flaw_words: str = ""
     wishes: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
@@ -132,6 +134,10 @@ class Prior(ABC):
 
         Differentiable in x_t when gradients are enabled.
         """
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> images [B, H, W, 3] in 0..1, where there is such a way."""
+        raise NotImplementedError(f"{type(self).__name__} has no way from x back to pictures")
 
     def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027  (nothing to do is a good default)
         """Do now, once, what these texts will need: embed them, render for them."""

@@ -56,6 +56,7 @@ class AnalyticPrior(Prior):
     name, kind = "analytic", "exact"
     view_words = "left_right"
     normal_words = "normal map"
+    flaw_words = "textureless"
     conditions = ("camera", "background", "window")
     camera_distribution = {
         "elevation": (-10.0, 70.0),
@@ -88,6 +89,10 @@ class AnalyticPrior(Prior):
     def encode(self, images: Tensor) -> Tensor:
         """images [B, H, W, 3] in 0..1 -> x [B, 3, H, W] in -1..1."""
         return images.permute(0, 3, 1, 2) * 2 - 1
+
+    def decode(self, x: Tensor) -> Tensor:
+        """See Prior."""
+        return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """eps [B, 3, H, W] of the exact denoiser. Differentiable in x_t."""

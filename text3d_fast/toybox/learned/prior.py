@@ -14,6 +14,7 @@ class ToyboxPrior(DiffusionPrior):
     """Understands Toybox's small language only."""
 
     normal_words = "normal map"
+    flaw_words = "textureless"
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)

@@ -1,0 +1,73 @@
+"""The 2D playground on a Gaussian prior whose answers are known, its figures and its command line."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from text3d_fast.app.cli import main
+from text3d_fast.guidance import NoiseSchedule, Prior, register_prior
+from text3d_fast.pipelines import playground
+from text3d_fast.pipelines.playground import Playground
+
+
+class Colour(Prior):
+    """The exact denoiser of one grey-blue picture with a text, and of a Gaussian round grey without one."""
+
+    name, kind, image_size = "colour", "exact", 8
+    schedule = NoiseSchedule.cosine()
+    color = torch.tensor([0.3, 0.4, 0.6])[:, None, None] * 2 - 1
+
+    def encode(self, images):
+        return images.permute(0, 3, 1, 2) * 2 - 1
+
+    def decode(self, x):
+        return (x / 2 + 0.5).permute(0, 2, 3, 1)
+
+    def predict_noise(self, x_t, t, conditions):
+        alpha, sigma = (value.to(x_t)[:, None, None, None] for value in self.schedule.alpha_sigma(t))
+        known = torch.tensor([bool(text) for text in conditions.texts])[:, None, None, None]
+        wide = torch.where(known, 0.02**2, 0.5**2)
+        mean = torch.where(known, self.color, 0.0)
+        return sigma * (x_t - alpha * mean) / (alpha**2 * wide + sigma**2)
+
+
+@pytest.mark.parametrize("method", playground.METHODS)
+def test_every_method_finds_the_colour(method):
+    told = []
+    make = Playground(Colour(), "a thing", count=3, steps=80, sampling_steps=20, report=lambda *args: told.append(args))
+    pictures = make.pictures(method, 1.0 if method in ("ancestral", "sds", "vsd", "ism") else None)
+    assert pictures.shape == (3, 8, 8, 3)
+    if method not in ("csd", "bridge"):  # those only go in its direction, as far as the steps take them
+        torch.testing.assert_close(pictures.mean((0, 1, 2)), torch.tensor([0.3, 0.4, 0.6]), atol=0.06, rtol=0)
+    steps = 20 if method == "ancestral" else 80
+    assert told[-1][1:] == (steps, steps) and playground.METHODS[method][0] in told[0][0]
+    if method in ("ancestral", "vsd"):
+        assert torch.equal(pictures, make.pictures(method, 1.0))  # a seed means the same every time
+
+
+def test_figures():
+    grey, red = torch.full((2, 4, 4, 3), 0.5), torch.tensor([1.0, 0, 0]).expand(2, 4, 4, 3)
+    assert playground.saturation(grey) == 0 and playground.saturation(red) == 1
+    assert playground.sharpness(grey) == 0
+    checks = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float()[None, :, :, None].expand(1, 4, 4, 3)
+    assert playground.sharpness(checks) == pytest.approx(4.0)
+    assert playground.diversity(grey) == 0 and playground.diversity(grey[:1]) == 0
+    assert playground.diversity(torch.stack([grey[0] * 0, grey[0] * 2])) == pytest.approx(1.0)
+    assert playground.mosaic(torch.rand(3, 4, 5, 3), 2).shape == (16, 20, 3)
+
+
+def test_the_command_writes_pictures_and_the_table(tmp_path, capsys):
+    register_prior("colour", lambda device: Colour())
+    words = ["playground", "a thing", "--model", "colour", "--count", "2", "--steps", "3", "--weights", "1", "5"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"figure7.png", "grid.png", "table.csv", "table.json"}
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [(row["method"], row["weight"]) for row in rows[6:]] == [
+        (method, weight) for method in ("ancestral", "sds", "vsd") for weight in (1.0, 5.0)]
+    with open(tmp_path / "out" / "table.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
+    assert "ancestral" in capsys.readouterr().err
+    assert main([*words, "--count", "0", "--out", str(tmp_path / "other")]) == 2

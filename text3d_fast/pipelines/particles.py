@@ -140,7 +140,8 @@ class VariationalStage(ParticleStage):
         return super().modules() | self.distill.modules
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return super().optimizers() | self.distill.optimizers
+        # under other names than the modules: both go into one file
+        return super().optimizers() | {f"{name}_optimizer": part for name, part in self.distill.optimizers.items()}
 
     def chosen(self) -> list[VolumeStage | MeshStage]:
         if self.config.each_step == "all" or len(self.particles) == 1:

@@ -37,14 +37,18 @@ class Colour(Prior):
 def test_every_method_finds_the_colour(method):
     told = []
     make = Playground(Colour(), "a thing", count=3, steps=80, sampling_steps=20, report=lambda *args: told.append(args))
-    pictures = make.pictures(method, 1.0 if method in ("ancestral", "sds", "vsd", "ism") else None)
+    plain = method in ("ancestral", "sds", "vsd")
+    pictures = make.pictures(method, 0.0 if plain else None)
     assert pictures.shape == (3, 8, 8, 3)
-    if method not in ("csd", "bridge"):  # those only go in its direction, as far as the steps take them
-        torch.testing.assert_close(pictures.mean((0, 1, 2)), torch.tensor([0.3, 0.4, 0.6]), atol=0.06, rtol=0)
+    mean = pictures.mean((0, 1, 2))
+    if plain:  # without guidance they find it; Adam's last steps are 0.0025 wide
+        torch.testing.assert_close(mean, torch.tensor([0.3, 0.4, 0.6]), atol=0.02, rtol=0)
+    elif method != "bridge":  # guidance goes on in its direction; the bridge's other text means the same here
+        assert mean[0] < 0.4 and mean[2] > 0.6
     steps = 20 if method == "ancestral" else 80
     assert told[-1][1:] == (steps, steps) and playground.METHODS[method][0] in told[0][0]
     if method in ("ancestral", "vsd"):
-        assert torch.equal(pictures, make.pictures(method, 1.0))  # a seed means the same every time
+        assert torch.equal(pictures, make.pictures(method, 0.0))  # a seed means the same every time
 
 
 def test_figures():

@@ -86,8 +86,8 @@ def test_ctrl_c_saves_and_resuming_gives_the_unbroken_result(tmp_path):
     assert load_state(tmp_path / "broken" / "checkpoint.safetensors")[1]["step"] == 3
     assert not (tmp_path / "broken" / "mesh.glb").exists()
     steps = []
-    resumed = pipeline().run("a ball", out=tmp_path / "broken", resume=True,
-                             callback=lambda step, _: steps.append(step))
+    resumed = DreamFusion(prior=RedBall(), device="cpu").run(
+        "a ball", out=tmp_path / "broken", resume=True, callback=lambda step, _: steps.append(step))
     assert steps == [4, 5, 6]
     assert same(whole.stage.tensors(), resumed.stage.tensors())
     assert torch.equal(whole.mesh.vertices, resumed.mesh.vertices)
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("hidden: 8", "hidden: 9"))
     with pytest.raises(CheckpointError, match="does not fit"):
-        pipeline(steps=1).run("a ball", out=tmp_path / "run", resume=True)
+        DreamFusion(prior=RedBall(), device="cpu").run("a ball", out=tmp_path / "run", resume=True)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

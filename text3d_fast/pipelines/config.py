@@ -11,6 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from text3d_fast.pipelines.settings import check_ranges, names_of, nearest
 from text3d_fast.scene.cameras import CameraDistribution
 from text3d_fast.scene.lights import LightDistribution
 from text3d_fast.scene.shading import ShadingSchedule
@@ -237,6 +238,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint_every", "preview_every", "mesh_resolution")
+        if self.mesh_resolution % 4:  # found out now, not after all steps
+            raise ValueError(f"mesh_resolution: expected a multiple of 4, got {self.mesh_resolution}")
 
     def stage(self, name: str) -> Any:
         """The settings of a stage: a group of that name, or, in a pipeline of one stage, these."""
@@ -267,7 +270,9 @@ class RunConfig:
         import yaml
 
         try:
-            return _build(cls, yaml.safe_load(text), "")
+            config = _build(cls, yaml.safe_load(text), "")
+            check_ranges(config)
+            return config
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -284,9 +289,12 @@ class RunConfig:
             for group in groups:
                 place = place.get(group) if isinstance(place, dict) else None
             if not isinstance(place, dict) or last not in place:
-                raise ValueError(f"{name}: no such setting; see config.yaml of a run for all of them")
+                close = nearest(name, names_of(self))
+                raise ValueError(f"{name}: no such setting{close}; `generate --help-settings` lists them")
             place[last] = value
-        return _build(type(self), content, "")
+        changed = _build(type(self), content, "")
+        check_ranges(changed)
+        return changed
 
 
 @dataclass(kw_only=True)

@@ -44,7 +44,8 @@ class Pipeline:
         self.prior = load_prior(model, self.device) if prior is None else prior
         self.model = model or self.prior.name
         config = config or self.default_config()
-        self.config = config.updated(settings or {})
+        self.changes = dict(settings or {})
+        self.config = config.updated(self.changes)
 
     def default_config(self) -> RunConfig:
         """The settings that suit the prior; see recipes."""
@@ -86,7 +87,7 @@ class Pipeline:
         before, chosen = self._chosen(stage, start)
         folder = None if out is None else RunFolder(out)
         if folder is not None:
-            config = folder.open(config, resume, any_steps=steps is None)
+            config = folder.open(config, resume, any_steps=steps is None, changes=self.changes)
         try:
             finished = self._finished(before, start) if before else None
             makers = [(kind.name, partial(self._make, config, kind)) for kind in chosen]
@@ -96,6 +97,9 @@ class Pipeline:
             if folder is not None:
                 folder.discard()  # nothing half-written: unless a checkpoint was made, the folder is as before
             raise
+        finally:
+            if folder is not None:
+                folder.close()
 
     def about(self) -> dict[str, Any]:
         """What result.json says beyond what every run has."""

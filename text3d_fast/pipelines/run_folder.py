@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import IO, Any, TypeVar
 
 from torch import Tensor
 
 from text3d_fast.errors import CheckpointError, OutputError
-from text3d_fast.files import atomic_path, write_text
+from text3d_fast.files import write_text
 from text3d_fast.images import write_png
 from text3d_fast.pipelines.checkpoint import load_state, save_state
 from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.pipelines.settings import value_of
 from text3d_fast.pipelines.stage import Stage
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
+LOCK = ".lock"
+# Settings that may change when a run goes on: they do not touch the optimization
+CHANGEABLE = ("mesh_resolution", "texture", "checkpoint_every", "preview_every", "threads")
+# `files.atomic_path` names of files that were not finished
+_LEFTOVER = re.compile(r"\.(mesh|turntable|views|preview|result|config|checkpoint)[\w-]*\.\w{8}\.\w+")
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -37,47 +47,111 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._made: list[Path] = []  # what `open` made, and may take back
+        self._lock: IO[str] | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def open(self, config: Config, resume: bool, any_steps: bool = False) -> Config:
-        """Make the folder, or check the one to resume; returns the configuration of the run.
+    def open(
+        self, config: Config, resume: bool, any_steps: bool = False, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> Config:
+        """Make the folder, or take the one to resume, and lock it; returns the configuration of the run.
 
-        any_steps: the number of steps was not asked for, so the saved one holds.
+        any_steps  the number of steps was not asked for, so the saved one holds
+        changes    settings that were asked for by name; resuming takes those that do not touch the optimization
 
-        Raises OutputError if the folder holds another run, is missing (resume), or cannot be written.
+        Raises OutputError if the folder holds another run or somebody else's files, is in use by another run, is
+        missing (resume), or cannot be written.
         """
         if resume:
-            config = self._continued(config, any_steps)
+            config = self._continued(config, any_steps, changes)
+            self._take_lock()
         else:
-            there = [name for name in PRODUCTS if (self / name).exists()]
-            if there:
-                raise OutputError(f"{self.path} already holds a run ({', '.join(there)}): continue it with --resume, "
-                                  f"or choose another folder with --out")
+            self._refuse_others_files()
+            made = [] if self.path.exists() else [self.path]
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot make the folder {self.path}: {error.strerror or error}") from error
-            write_text(self / CONFIG, config.to_yaml())
-        with atomic_path(self / ".probe") as part:  # says now, not after the first hundred steps
-            part.write_bytes(b"x")
-        (self / ".probe").unlink()
+            self._take_lock()
+            self._made = [*made, *([] if (self / CONFIG).exists() else [self / CONFIG]), self / PREVIEW]
+        for left in self.path.glob(".*.*"):  # of a run that was killed while it wrote a file
+            if _LEFTOVER.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+        write_text(self / CONFIG, config.to_yaml())  # what cannot be written is said now, not after a hundred steps
         return config
 
-    def _continued(self, asked: Config, any_steps: bool) -> Config:
+    def _refuse_others_files(self) -> None:
+        there = [name for name in PRODUCTS if (self / name).exists()]
+        if there:
+            raise OutputError(f"{self.path} already holds a run ({', '.join(there)}): continue it with --resume, "
+                              f"or choose another folder with --out")
+        if self.path.is_dir():
+            others = sorted(entry.name for entry in self.path.iterdir() if entry.name != LOCK)
+            if others and not self._is_ours():
+                raise OutputError(f"{self.path} is not empty and holds no run of text3d-fast ({', '.join(others[:3])}"
+                                  f"{' ...' if len(others) > 3 else ''}): choose another folder with --out")
+
+    def _is_ours(self) -> bool:
+        """Whether its config.yaml is that of a run."""
+        import yaml
+
+        try:
+            content = yaml.safe_load((self / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and {"prompt", "model", "seed"} <= set(content)
+
+    def _take_lock(self) -> None:
+        """One run a folder. The lock ends with the process, however that ends."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            self._lock = open(self / LOCK, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.path}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            self._lock = None
+            raise OutputError(f"{self.path} is in use by another run ({holder})") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node() or 'this machine'}")
+        self._lock.flush()
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self._lock is not None:
+            (self / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def _continued(self, asked: Config, any_steps: bool, changes: Mapping[str, Any]) -> Config:
         if not (self / CHECKPOINT).is_file():
             raise CheckpointError(f"nothing to resume: there is no {self / CHECKPOINT}")
         saved = self.saved_config(type(asked))
-        pairs = {name: (getattr(saved, name), getattr(asked, name)) for name in ("pipeline", "prompt", "model", "seed")}
-        if not any_steps:
-            pairs["steps"] = saved.total_steps(), asked.total_steps()
-        for name, (there, wanted) in pairs.items():
+        again = "resume it with its own settings, or choose another folder with --out"
+        for name in ("pipeline", "prompt", "model", "seed"):
+            there, wanted = getattr(saved, name), getattr(asked, name)
             if there != wanted:
-                raise CheckpointError(
-                    f"{self.path} holds a run with {name} = {there!r}, not {wanted!r}; "
-                    f"resume it with its own settings, or choose another folder with --out"
-                )
+                raise CheckpointError(f"{self.path} holds a run with {name} = {there!r}, not {wanted!r}; {again}")
+        steps = [name for name in changes if name.rpartition(".")[2] == "steps"]
+        any_steps = any_steps and not steps
+        for name in changes:
+            if name not in (*CHANGEABLE, *steps) and value_of(saved, name) != value_of(asked, name):
+                raise CheckpointError(f"{self.path} holds a run with {name} = {value_of(saved, name)!r}; {again}")
+        saved = saved.updated({name: value_of(asked, name) for name in changes if name in CHANGEABLE})
+        if not any_steps and asked.total_steps() != saved.total_steps():
+            if asked.total_steps() < saved.total_steps():
+                raise CheckpointError(f"{self.path} holds a run with steps = {saved.total_steps()}, more than "
+                                      f"{asked.total_steps()}; it can go on to more, not fewer")
+            saved = saved.with_steps(asked.total_steps())
         return saved
 
     def saved_config(self, kind: type[Config]) -> Config:
@@ -90,10 +164,10 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `open` made, if nothing came of it."""
         if not any((self / name).exists() for name in PRODUCTS):
+            self.close()
             with contextlib.suppress(OSError):
-                (self / CONFIG).unlink()
-                (self / PREVIEW).unlink(missing_ok=True)
-                self.path.rmdir()
+                for made in reversed(self._made):
+                    made.rmdir() if made.is_dir() else made.unlink(missing_ok=True)
 
     def checkpoint(self, stages: Sequence[str]) -> Checkpoint:
         """The checkpoint of a run of these stages. CheckpointError if there is none, or it is of none of them."""

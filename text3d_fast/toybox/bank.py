@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,11 +37,15 @@ def one_thread() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where banks live: $TEXT3D_CACHE, or text3d-fast in the user's cache folder."""
+    """Where banks live: $TEXT3D_CACHE, or text3d-fast in the user's cache folder; without a home, a temporary one."""
     chosen = os.environ.get("TEXT3D_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text3d-fast"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in some containers
+        caches = Path(tempfile.gettempdir())
+    return caches / "text3d-fast"
 
 
 def even_cameras(count: int, low: float = -12.0, high: float = 82.0) -> torch.Tensor:

@@ -113,7 +113,7 @@ def _thing(text: str, prompt: str) -> Thing:
     slots: dict[str, str | None] = {"kind": None, "color": None, "pattern": None, "size": None}
     roles = (("kind", CLASSES), ("color", COLORS), ("pattern", PATTERNS), ("size", SIZES))
     known = [*CLASSES, *COLORS, *PATTERNS, *SIZES, *SYNONYMS]
-    for word in re.findall(r"[a-z0-9']+", text):
+    for word in re.findall(r"[\w']+", text):
         if word in _FILLERS:
             continue
         meaning = SYNONYMS.get(word, word)

@@ -158,3 +158,27 @@ def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert cli.main(["edit", str(tmp_path / "edit-of-nothing"), "a ball"]) == cli.USER_ERROR
     assert "config.yaml" in capsys.readouterr().err
+
+
+def test_version_and_settings(red_ball, capsys):
+    assert cli.main(["--version"]) == 0 and "text3d-fast" in capsys.readouterr().out
+    assert cli.main(["generate", "a ball", "--help-settings", "--set", "guidance.weight=3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "guidance.weight" in shown and "--set" in shown and "recipe exact" in shown
+
+
+def test_brackets_in_a_prompt_are_printed_as_typed(red_ball, tmp_path, capsys):
+    assert cli.main(["generate", "a [red] ball [/]", "--out", str(tmp_path / "run"), *SMALL]) == 0
+    lines = capsys.readouterr().err
+    assert "a [red] ball [/]" in lines and "step 3 of 3" in lines and "exporting" in lines  # lines: no terminal here
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--threads", "0"], "--threads: expected 1 to"), (["--threads", "1000000000000"], "--threads"),
+    (["--seed", "9223372036854775808"], "seed: expected"), (["--set", "guidance.weight=nan"], "guidance.weight"),
+    (["--set", "mesh_resolution=15"], "multiple of 4"),
+])
+def test_absurd_numbers_are_refused(red_ball, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", "a ball", *words]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []

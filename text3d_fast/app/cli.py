@@ -6,6 +6,7 @@ Imports here are light, so that --help answers at once; torch comes with the com
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ class Generate:
     """CPU threads; by default what torch chooses."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
     """Other settings by their names in config.yaml, e.g. --set guidance.weight=7.5 field.levels=12."""
+    help_settings: bool = False
+    """List all settings for --set with what they may be, their value for this pipeline and model, and where that comes
+    from; makes nothing."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -243,6 +247,11 @@ class Doctor:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        from text3d_fast import __version__
+
+        print(f"text3d-fast {__version__}")
+        return 0
     command = tyro.extras.subcommand_cli_from_dict(
         {"generate": Generate, "edit": Edit, "playground": Playground, "view": View, "evaluate": Evaluate,
          "bench": Bench, "doctor": Doctor},
@@ -285,11 +294,34 @@ def generate(options: Generate) -> int:
         further = {} if options.fine_model is None else {"fine_model": options.fine_model}
         return kind(options.model, options.device, settings=settings, **further)
 
+    if options.help_settings:
+        try:
+            print_settings(make(dict(parse_setting(text) for text in options.set)))
+        except (OSError, ValueError) as error:
+            return fail(str(error))
+        return 0
+
     def run(pipeline, out, progress):
         return pipeline.run(options.prompt, options.steps, options.seed, out, progress.step, options.resume,
                             options.stage, options.start)
 
     return optimize(options, make, run)
+
+
+def print_settings(pipeline) -> None:
+    """Every setting: value, range, where it comes from, a sentence."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from text3d_fast.pipelines.settings import names_of, setting_of, value_of
+
+    table = Table("setting", "value", "allowed", "from", "what it is", box=None)
+    for name in names_of(pipeline.config):
+        known = setting_of(name)
+        allowed = "" if known is None else f"{known.low:g} to {known.high:g}"
+        source = "--set" if name in pipeline.changes else pipeline.source(name)
+        table.add_row(name, str(value_of(pipeline.config, name)), allowed, source, known.about if known else "")
+    Console().print(table, markup=False)
 
 
 def edit(options: Edit) -> int:
@@ -319,7 +351,12 @@ def optimize(options: Generate | Edit, make: Callable, run: Callable) -> int:
 
     out = options.out or default_folder(options.prompt, options.resume)
     if options.threads is not None:
-        torch.set_num_threads(max(1, options.threads))
+        cores = os.cpu_count() or 1
+        if not 1 <= options.threads <= 4096:
+            return fail(f"--threads: expected 1 to {cores}, the cores of this machine, got {options.threads}")
+        if options.threads > cores and not options.quiet:
+            print(f"--threads {options.threads}: this machine has {cores} cores, so {cores} are used", file=sys.stderr)
+        torch.set_num_threads(min(options.threads, cores))
     try:
         pipeline = make(settings)
         with Progress(pipeline, options.prompt, options.steps, quiet=options.quiet) as progress:

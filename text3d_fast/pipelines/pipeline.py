@@ -11,7 +11,7 @@ import torch
 
 from text3d_fast.guidance import Prior, load_prior
 from text3d_fast.pipelines.config import RunConfig
-from text3d_fast.pipelines.recipes import recipe
+from text3d_fast.pipelines.recipes import Recipe, recipe, volume_recipe
 from text3d_fast.pipelines.results import Result, finish
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.stage import Stage
@@ -50,6 +50,16 @@ class Pipeline:
     def default_config(self) -> RunConfig:
         """The settings that suit the prior; see recipes."""
         return self.config_type(model=self.model).updated(recipe(self.prior, self.config_type).settings())
+
+    def recipes(self) -> dict[str, Recipe]:
+        """What suits the priors, by stage."""
+        return {kind.name: volume_recipe(self.stage_prior(kind)) for kind in self.stages}
+
+    def source(self, name: str) -> str:
+        """Where the value of a setting (dotted, as in config.yaml) comes from when nobody asks for another."""
+        recipes = self.recipes()
+        stage, _, own = name.partition(".")
+        return recipes[stage].source(own) if stage in recipes else next(iter(recipes.values())).source(name)
 
     def stage_prior(self, stage: type[Stage]) -> Prior:
         """The prior that guides a stage."""

@@ -51,7 +51,8 @@ def test_an_empty_folder_is_fine_and_stays_after_a_failure(tmp_path, monkeypatch
 def test_a_second_run_says_who_holds_the_folder(tmp_path):
     code = (f"import sys; from text3d_fast.pipelines.run_folder import RunFolder\n"
             f"from text3d_fast.pipelines.config import DreamFusionConfig\n"
-            f"RunFolder({str(tmp_path / 'run')!r}).open(DreamFusionConfig(), False); print('in', flush=True)\n"
+            f"folder = RunFolder({str(tmp_path / 'run')!r}); folder.open(DreamFusionConfig(), False)\n"
+            f"print('in', flush=True)\n"
             f"sys.stdin.read()")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:

@@ -174,7 +174,7 @@ class SurfacePenaltyConfig:
     normals: normal consistency; laplacian, in shortest edges of the grid; sign: of the distances across the surface
     """
 
-    normals: tuple[float, float] = (0.01, 0.01)
+    normals: tuple[float, float] = (0.04, 0.04)
     laplacian: tuple[float, float] = (0.003, 0.003)
     sign: tuple[float, float] = (1e-3, 1e-4)
 

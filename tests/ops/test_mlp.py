@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from text3d_fast import nn, ops, use_backend
+from text3d_fast import native, nn, ops, use_backend
 from text3d_fast.ops import MLPSpec
 from text3d_fast.reference.mlp import ACTIVATIONS
 
@@ -89,6 +89,7 @@ def test_only_what_is_wanted(device, generator, poisoned_empty):
         torch.testing.assert_close(gradient, full[1 + wanted])
 
 
+@pytest.mark.skipif(native.emulated(), reason="threads of a CPU")
 def test_weights_do_not_depend_on_threads(generator):
     spec = MLPSpec(32, 4, 64)
     x, weights = inputs(spec, 5000, torch.Generator().manual_seed(0))

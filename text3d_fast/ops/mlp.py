@@ -67,7 +67,7 @@ def layout(spec: MLPSpec) -> tuple:
 
 def _forward(x, weights, key, dtype, backend):
     y = _fake_forward(x, weights, key, dtype, backend)
-    native.call("mlp_forward", x.contiguous(), weights.contiguous(), y, x.shape[0],
+    native.call("mlp_forward", native.aligned(x), native.aligned(weights), y, x.shape[0],
                 COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return y
 
@@ -78,7 +78,7 @@ def _fake_forward(x, weights, key, dtype, backend):
 
 def _backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend):
     outputs = _fake_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend)
-    native.call("mlp_backward", grad_y.contiguous(), x.contiguous(), weights.contiguous(),
+    native.call("mlp_backward", native.aligned(grad_y), native.aligned(x), native.aligned(weights),
                 *_wanted(outputs, (need_x, need_weights)), *_partial(weights, need_weights), x.shape[0],
                 COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return outputs
@@ -93,7 +93,7 @@ def _second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need
             backend):
     outputs = _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need_grad_y, need_x,
                            need_weights, backend)
-    inputs = (None if t is None else t.contiguous() for t in (cotangent_x, cotangent_weights, grad_y, x, weights))
+    inputs = (None if t is None else native.aligned(t) for t in (cotangent_x, cotangent_weights, grad_y, x, weights))
     native.call("mlp_second", *inputs, *_wanted(outputs, (need_grad_y, need_x, need_weights)),
                 *_partial(weights, need_weights), x.shape[0], COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return outputs

@@ -130,7 +130,8 @@ def _inputs(origins, directions, params, weights, t_starts, t_ends, ray_ids, ray
     tensors = (origins, directions, params, weights, t_starts, t_ends, ray_offsets, light_position, light_diffuse,
                light_ambient)
     views = 1 if light_position is None else light_position.shape[0]
-    return (*(None if t is None else t.contiguous() for t in tensors), rays, t_starts.shape[0], max(rays // views, 1),
+    pointers = [None if t is None else native.aligned(t) for t in tensors]
+    return (*pointers, rays, t_starts.shape[0], max(rays // views, 1),
             MODES.index(mode), normals, early_stop, *grid_layout(spec.grid, active_levels),
             *mlp_layout(spec.mlp), spec.radius, spec.sharpness, spec.blob_scale, spec.blob_width,
             DENSITIES.index(spec.density), BLOBS.index(spec.blob))
@@ -152,8 +153,8 @@ def _fake_forward(origins, *rest):
 def _backward(*arguments):
     cotangents, outputs, inputs = arguments[:5], arguments[5:9], arguments[9:]
     gradients = _fake_backward(*arguments)
-    cotangents = [None if t is None else t.contiguous() for t in cotangents]
-    native.call("render_field_backward", *_inputs(*inputs), *cotangents, *(t.contiguous() for t in outputs),
+    cotangents = [None if t is None else native.aligned(t) for t in cotangents]
+    native.call("render_field_backward", *_inputs(*inputs), *cotangents, *(native.aligned(t) for t in outputs),
                 *gradients)
     return gradients
 

@@ -107,6 +107,8 @@ BAD = {
     "index.gltf": gltf(meshes=primitive(indices=0)), "nulls.gltf": gltf(accessors=None),
     "many.gltf": gltf(nodes=[{"mesh": 0} for _ in range(1000)], meshes=[{"primitives": [
         {"attributes": {"POSITION": 0}}] * 6000}]),
+    "vertices.gltf": gltf(accessors=[{"componentType": 5126, "count": 8 * 10**6, "type": "VEC3"}], meshes=[
+        {"primitives": [{"attributes": {"POSITION": 0}}] * 9}]),
     "empty.ply": "", "header.ply": "ply\nformat ascii 1.0\n", "cut.ply": PLY.format(v=3, f=1, body="0 0 0\n1 0"),
     "count.ply": PLY.format(v=10**12, f=10**12, body="0 0 0\n").replace("ascii", "binary_little_endian"),
     "index.ply": PLY.format(v=3, f=1, body="0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n"),
@@ -198,5 +200,5 @@ def test_a_bomb_for_a_texture_is_left_out(tmp_path):
 def test_large_files_are_refused_before_they_are_read(tmp_path):
     with open(tmp_path / "a.obj", "wb") as file:
         file.truncate(1 << 34)  # a hole: it takes no place on the disk
-    with pytest.raises(ValueError, match="16384 MB are more than the 96 MB"):
+    with pytest.raises(ValueError, match="16384 MB are more than the 64 MB"):
         read_mesh(tmp_path / "a.obj")

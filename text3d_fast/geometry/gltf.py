@@ -23,7 +23,8 @@ _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 _UNDERSTOOD = ("KHR_materials_", "KHR_mesh_quantization", "KHR_texture_transform", "KHR_lights_", "EXT_texture_webp",
                "KHR_xmp")
 _WRAPS = {33071: "clamp", 33648: "mirror", 10497: "repeat"}
-_MOST_BYTES = 1 << 28  # of a buffer beside the file
+_MOST_BYTES = 1 << 27  # of all files beside it
+_MOST_PIXELS = 96 << 20  # of all textures
 _MOST_PARTS = 20_000
 
 
@@ -50,6 +51,7 @@ class _Reader:
             if not str(name).startswith(_UNDERSTOOD):
                 raise ValueError(f"it needs the extension {name}, which is not read; export it without compression")
         self.buffers, self.materials = {}, {}
+        self.bytes, self.pixels, self.vertices = _MOST_BYTES, _MOST_PIXELS, 3 * MOST_FACES  # left of each
 
     def _chunks(self, data: bytes) -> bytes:
         if len(data) < 20:
@@ -84,7 +86,9 @@ class _Reader:
         if uri.startswith("data:"):
             head, _, body = uri.partition(",")
             return base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body)
-        return beside(self.folder, unquote(uri), _MOST_BYTES).read_bytes()
+        data = beside(self.folder, unquote(uri), self.bytes).read_bytes()
+        self.bytes -= len(data)
+        return data
 
     def view(self, index) -> tuple[memoryview, int | None]:
         view = self.item("bufferViews", index)
@@ -142,6 +146,8 @@ class _Reader:
                 if len(mesh.get("primitives", [])) > _MOST_PARTS:
                     raise ValueError(f"it has more than {_MOST_PARTS} parts")
                 meshes[number] = [part for p in mesh.get("primitives", []) if (part := self._primitive(p)) is not None]
+            else:
+                self.spend(sum(len(part.vertices) for part in meshes[number]))
             total += sum(len(part.faces) for part in meshes[number])
             if total > MOST_FACES or len(result) + len(meshes[number]) > _MOST_PARTS:
                 raise ValueError(f"it has more than {MOST_FACES} triangles or {_MOST_PARTS} parts")
@@ -150,6 +156,11 @@ class _Reader:
                 matrix = np.eye(4)
             result += [placed(part, matrix) for part in meshes[number]]
         return result
+
+    def spend(self, vertices: int) -> None:
+        self.vertices -= vertices
+        if self.vertices < 0:
+            raise ValueError(f"it has more than {3 * MOST_FACES} vertices")
 
     def _nodes(self):
         """World matrix and node, for each that shows a mesh."""
@@ -185,7 +196,9 @@ class _Reader:
             return None
         if primitive.get("targets"):
             note("morph targets are not applied: the mesh stands as it was modelled")
-        vertices = self.accessor(attributes["POSITION"], "VEC3").astype(np.float64)
+        vertices = self.accessor(attributes["POSITION"], "VEC3")
+        self.spend(len(vertices))
+        vertices = vertices.astype(np.float64)
         indices = primitive.get("indices")
         corners = np.arange(len(vertices)) if indices is None else self.accessor(indices, "SCALAR")[:, 0]
         faces = _triangles(corners.astype(np.int64), mode)
@@ -239,7 +252,11 @@ class _Reader:
             webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
             image = self.item("images", texture.get("source", webp.get("source")))
             data = self.view(image["bufferView"])[0] if "bufferView" in image else self.resource(image["uri"])
-            material.texture = np.asarray(read_image(bytes(data), f"texture {index}"))
+            picture = read_image(bytes(data), f"texture {index}")
+            if picture.width * picture.height > self.pixels:
+                raise ValueError("all textures together are too large")
+            self.pixels -= picture.width * picture.height
+            material.texture = np.asarray(picture)
         except (ValueError, OSError, KeyError) as error:
             note(f"texture {index} is left out: {error}")
             return

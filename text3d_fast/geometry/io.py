@@ -18,7 +18,7 @@ from text3d_fast.images import to_bytes
 SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 READABLE = (".glb", ".gltf", ".obj", ".ply", ".stl")
 # What a reader needs is a multiple of the file, more of text than of binary; these stay under 2 GB.
-_MOST_BYTES = {".glb": 256 << 20, ".gltf": 64 << 20, ".obj": 96 << 20, ".ply": 96 << 20, ".stl": 96 << 20}
+_MOST_BYTES = {".glb": 128 << 20, ".gltf": 64 << 20, ".obj": 64 << 20, ".ply": 96 << 20, ".stl": 96 << 20}
 
 
 def write_mesh(path: str | Path, mesh: Mesh) -> list[Path]:

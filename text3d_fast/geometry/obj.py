@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ _MOST_MTL = 1 << 24
 
 def read_obj(path: Path) -> list[Part]:
     """One part for each material. Polygons become triangles; indices may be negative. ValueError names the line."""
-    tables = {"v": [], "vt": [], "vn": []}
+    tables = {"v": _Table(3), "vt": _Table(2), "vn": _Table(3)}
     library: dict[str, Material] = {}
-    groups: dict[str | None, list] = {}
-    current = groups.setdefault(None, [])
+    groups: dict[str | None, array] = {}
+    current = groups.setdefault(None, array("q"))
     total = 0
     text = path.read_bytes().decode("utf-8", "replace").replace("\\\n", " ").replace("\\\r\n", " ")
     for number, line in enumerate(io.StringIO(text), 1):
@@ -37,7 +38,8 @@ def read_obj(path: Path) -> list[Part]:
             try:
                 tables[kind].append([float(w) for w in words[1:]])
             except ValueError:
-                raise ValueError(f"line {number}: expected numbers, got {line.strip()[:60]!r}") from None
+                raise ValueError(f"line {number}: expected numbers, at least {'one' if kind == 'vt' else 'three'}, "
+                                 f"got {line.strip()[:60]!r}") from None
         elif kind == "f":
             corners = [_corner(word, tables, number) for word in words[1:]]
             if len(corners) < 3:
@@ -45,23 +47,21 @@ def read_obj(path: Path) -> list[Part]:
             total += len(corners) - 2
             if total > MOST_FACES:
                 raise ValueError(f"it has more than {MOST_FACES} triangles")
-            order = (0, 1, 2) if len(corners) == 3 else _ears([tables["v"][c[0]][:3] for c in corners])
-            current += [corners[k] for k in order]
+            order = (0, 1, 2) if len(corners) == 3 else _ears([tables["v"].point(c[0]) for c in corners])
+            for k in order:
+                current.extend(corners[k])
         elif kind == "usemtl":
-            current = groups.setdefault(" ".join(words[1:]), [])
+            current = groups.setdefault(" ".join(words[1:]), array("q"))
         elif kind == "mtllib":
             _read_library(path.parent, line.split("#", 1)[0].strip()[6:].strip(), library)
     if not total:
         raise ValueError("it has no faces" + (", only lines or points" if tables["v"] else ""))
-    width = 6 if tables["v"] and all(len(row) >= 6 for row in tables["v"]) else 3
-    vertices = _table(tables["v"], width, "v")
-    colors = vertices[:, 3:] if width == 6 else None
+    vertices, uv, normals = (tables[kind].to_numpy() for kind in ("v", "vt", "vn"))
+    colors = vertices[:, 3:] if vertices.shape[1] == 6 else None
     if colors is not None and colors.max() > 1.001:
         colors = colors / 255
-    uv = _table([[*row, 0.0][:2] for row in tables["vt"]], 2, "vt")
-    normals = _table(tables["vn"], 3, "vn")
-    return [_part(np.array(corners, np.int64), vertices[:, :3], colors, uv, normals, _named(name, library))
-            for name, corners in groups.items() if corners]
+    return [_part(np.frombuffer(corners, np.int64).reshape(-1, 3), vertices[:, :3], colors, uv, normals,
+                  _named(name, library)) for name, corners in groups.items() if corners]
 
 
 def _corner(word: str, tables: dict, number: int) -> tuple[int, int, int]:
@@ -117,10 +117,32 @@ def _ears(points: list[list[float]]) -> list[int]:
     return order + left
 
 
-def _table(rows: list[list[float]], width: int, kind: str) -> np.ndarray:
-    if any(len(row) < width for row in rows):
-        raise ValueError(f"a {kind!r} line has fewer than {width} numbers")
-    return np.array([row[:width] for row in rows], np.float64).reshape(-1, width)
+class _Table:
+    """Rows of numbers, flat: lists would need five times the memory."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.values = width, array("d")
+
+    def append(self, row: list[float]) -> None:
+        if not self.values and self.width == 3 and len(row) >= 6:
+            self.width = 6  # with colours
+        if len(row) < (1 if self.width == 2 else 3):
+            raise ValueError
+        if len(row) < self.width:
+            row = [*row[:3], 1.0, 1.0, 1.0] if self.width == 6 else [*row, 0.0]
+        self.values.extend(row[: self.width])
+
+    def __len__(self) -> int:
+        return len(self.values) // self.width
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def point(self, index: int) -> array:
+        return self.values[index * self.width : index * self.width + 3]
+
+    def to_numpy(self) -> np.ndarray:
+        return np.array(self.values, np.float64).reshape(-1, self.width)
 
 
 def _named(name: str | None, library: dict[str, Material]) -> Material | None:

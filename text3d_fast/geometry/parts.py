@@ -161,7 +161,9 @@ def _joined(vertices: np.ndarray, faces: np.ndarray, normals: np.ndarray | None)
 
 def _textured(parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """uv, uv_faces of all faces in a row, and the texture that holds all materials."""
-    tiles, places = [], []
+    tiles, owner, places = {}, [], []
+    columns = math.ceil(math.sqrt(len({id(part.material) for part in parts})))
+    room, left = _TEXTURE_SIDE // columns, 2 * _TEXTURE_SIDE**2
     for part in parts:
         material = part.material or Material()
         if material.texture is None or part.uv is None:
@@ -169,17 +171,25 @@ def _textured(parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if part.colors is not None:
                 note("vertex colours of a part beside textured ones are replaced by their mean")
                 color = _vertex_colors(part)[part.faces].mean((0, 1))
-            tiles.append(np.broadcast_to(color, (1, 1, 3)))
+            key, tile = tuple(color), np.broadcast_to(color, (1, 1, 3))
             places.append((np.full((1, 2), 0.5), np.zeros(part.faces.shape, np.int64)))
         else:
             if part.colors is not None and np.ptp(part.colors) + abs(1 - part.colors.max()) > 1e-3:
                 note("vertex colours over a texture are left out")
-            texture, uv, uv_faces = _unwrapped(material, part.uv, part.uv_faces)
-            tiles.append(texture)
+            tile, uv, uv_faces = _unwrapped(material, part.uv, part.uv_faces)
+            key = id(part.material), tile.shape  # as often repeated
+            if key not in tiles:
+                tile = _reduced(tile, room)
+                left -= tile.shape[0] * tile.shape[1]
+                if left < 0:
+                    raise ValueError("its textures together are larger than can be drawn; reduce them first")
             places.append((uv, uv_faces))
+        owner.append(key)
+        tiles.setdefault(key, tile)
     if len(parts) == 1:
-        return *places[0], tiles[0]
-    return _packed(parts, tiles, places)
+        return *places[0], tiles[owner[0]]
+    names = {key: number for number, key in enumerate(tiles)}
+    return _packed(list(tiles.values()), [names[key] for key in owner], places)
 
 
 def _tinted(material: Material) -> np.ndarray:
@@ -230,15 +240,15 @@ def _resized(texture: np.ndarray, size: list[int]) -> np.ndarray:
     return np.asarray(image.resize(tuple(size), Image.Resampling.BOX), np.float32) / 255
 
 
-def _packed(parts: list[Part], tiles: list[np.ndarray], places: list[tuple]):
-    """Each different tile in a cell of a square of cells."""
-    names = {}
-    owner = []
-    for part, tile in zip(parts, tiles):
-        shared = tile.shape[:2] == (1, 1)  # plain colours are one however often they are named
-        key = tile.tobytes() if shared else (id(part.material), tile.shape)
-        owner.append(names.setdefault(key, (len(names), tile))[0])
-    tiles = [tile for _, tile in names.values()]
+def _reduced(texture: np.ndarray, room: int) -> np.ndarray:
+    """The texture, no side of it longer than `room`."""
+    if max(texture.shape[:2]) <= room:
+        return texture
+    return _resized(texture, [min(texture.shape[1], room), min(texture.shape[0], room)])
+
+
+def _packed(tiles: list[np.ndarray], owner: list[int], places: list[tuple]):
+    """Each tile in a cell of a square of cells; owner: the tile of each part."""
     columns = math.ceil(math.sqrt(len(tiles)))
     cell = min(max(max(tile.shape[:2]) for tile in tiles) + 2 * _PAD, _TEXTURE_SIDE // columns)
     if cell <= 2 * _PAD:
@@ -246,9 +256,7 @@ def _packed(parts: list[Part], tiles: list[np.ndarray], places: list[tuple]):
     texture = np.zeros((cell * columns, cell * columns, 3), np.float32)
     boxes = []
     for i, tile in enumerate(tiles):
-        room = cell - 2 * _PAD
-        if max(tile.shape[:2]) > room:
-            tile = _resized(tile, [min(tile.shape[1], room), min(tile.shape[0], room)])
+        tile = _reduced(tile, cell - 2 * _PAD)
         height, width = tile.shape[:2]
         top, left = i // columns * cell, i % columns * cell
         padded = np.pad(tile, ((_PAD, cell - height - _PAD), (_PAD, cell - width - _PAD), (0, 0)), "edge")

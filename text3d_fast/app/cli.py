@@ -135,7 +135,7 @@ class Playground:
     """The image prior, as for generate; latent models are refused (their decoder is not kept)."""
     count: int = 4
     """Pictures by each method."""
-    steps: int = 120
+    steps: int = 80
     """Steps of each loss."""
     weights: tuple[float, ...] = (1.0, 3.0, 7.5, 30.0, 100.0)
     """Guidance weights of the grid, in the (1 + w) / w form."""

@@ -55,7 +55,7 @@ class Playground:
     prior: Prior
     prompt: str
     count: int = 4
-    steps: int = 120
+    steps: int = 80
     sampling_steps: int = 25
     rate: float = 0.05
     score_rate: float = 1e-3

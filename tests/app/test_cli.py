@@ -89,7 +89,6 @@ def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
 @pytest.mark.parametrize("words, message", [
     (["a red mugg", "--model", "analytic"], "did you mean 'mug'"),
     (["a red mugg", "--model", "analytic"], "objects: ball, cube"),
-    (["a red mug", "--pipeline", "prolificdreamer"], "prolificdreamer does not exist yet"),
     (["a red mug", "--fine-model", "analytic"], "--fine-model: only --pipeline magic3d has a fine stage"),
     (["a red mug", "--model", "no/such/folder/anywhere"], "no/such/folder/anywhere"),
     (["a red mug", "--model", "analytic", "--set", "guidance.weigth=3"], "guidance.weigth"),

@@ -19,7 +19,7 @@ def valid_arguments() -> dict[str, object]:
     samples = ops.RaySamples(torch.zeros(2, dtype=torch.int32), torch.zeros(2), torch.ones(2),
                              torch.tensor([0, 2], dtype=torch.int32))
     spec = ops.HashGridSpec(levels=1, log2_table_size=4)
-    return {"samples": samples, "spec": spec, "grid": ops.TetGrid.kuhn(1), "resolution": (4, 4),
+    return {"samples": samples, "spec": spec, "grid_spec": spec, "mlp_spec": ops.MLPSpec(inputs=2, outputs=4), "grid": ops.TetGrid.kuhn(1), "resolution": (4, 4),
             "occupancy": nn.OccupancyGrid([-1, -1, -1, 1, 1, 1], 2)}
 
 
@@ -29,7 +29,9 @@ def test_wrong_types_name_the_argument(name, parameter):
     known, arguments = valid_arguments(), {}
     parameters = inspect.signature(function).parameters
     for p in parameters.values():
-        if p.name == "spec" and p.annotation is not ops.HashGridSpec:
+        if p.name == "spec" and p.annotation in (ops.FieldSpec, "FieldSpec"):
+            arguments[p.name] = ops.FieldSpec(known["spec"], known["mlp_spec"])
+        elif p.name == "spec" and p.annotation is not ops.HashGridSpec:
             arguments[p.name] = ops.MLPSpec(inputs=3, outputs=1)
         elif p.name in known:
             arguments[p.name] = known[p.name]

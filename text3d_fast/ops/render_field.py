@@ -93,6 +93,7 @@ def render_field(
     return FieldRendering(values, opacity, depth, variance, orientation if normals else None)
 
 
+@typed
 def renders_fused(device: torch.device) -> bool:
     """Whether `render_field` on this device is a fused kernel; otherwise it is its reference, made for tests."""
     wanted = backends.requested() or "native"

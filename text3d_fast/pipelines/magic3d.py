@@ -22,8 +22,10 @@ from text3d_fast.pipelines.stage import Stage
 from text3d_fast.pipelines.trainer import Callback
 from text3d_fast.pipelines.volume_stage import VolumeStage
 
-# Of the steps that a result took, an edit takes at most this share.
+# Of the steps that a result took, an edit takes at most this share; its colours have far to go in them, so their rates
+# are so many times those of the fine stage.
 EDIT_SHARE = 0.3
+EDIT_COLOR_RATES = 5.0
 
 
 class CoarseStage(VolumeStage):
@@ -105,8 +107,8 @@ class Edit(Magic3D):
     prior, fine_prior   own ones, if the result was made with own ones
     settings of the stage: {"edit.size": 128}
 
-    Surface and texture start from those of the result; views, sizes and rates are those of its fine stage. Raises
-    OutputError if the folder holds no result of Magic3D.
+    Surface and texture start from those of the result; views, sizes and the surface's rates are those of its fine
+    stage. Raises OutputError if the folder holds no result of Magic3D.
     """
 
     config_type = EditConfig
@@ -125,7 +127,11 @@ class Edit(Magic3D):
         self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps()))
         config = EditConfig.from_yaml(saved.to_yaml(), str(self.folder / CONFIG))
         config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
-        config = config.updated({"pipeline": "edit", "edit.steps": self.most_steps})
+        rates = config.edit.optimizer
+        config = config.updated({
+            "pipeline": "edit", "edit.steps": self.most_steps, "edit.optimizer.grid": EDIT_COLOR_RATES * rates.grid,
+            "edit.optimizer.network": EDIT_COLOR_RATES * rates.network,
+        })
         super().__init__(saved.model if prior is None else None, device, config, prior, settings,
                          saved.fine_model or None, fine_prior)
 

@@ -19,7 +19,8 @@ def valid_arguments() -> dict[str, object]:
     samples = ops.RaySamples(torch.zeros(2, dtype=torch.int32), torch.zeros(2), torch.ones(2),
                              torch.tensor([0, 2], dtype=torch.int32))
     spec = ops.HashGridSpec(levels=1, log2_table_size=4)
-    return {"samples": samples, "spec": spec, "grid_spec": spec, "mlp_spec": ops.MLPSpec(inputs=2, outputs=4), "grid": ops.TetGrid.kuhn(1), "resolution": (4, 4),
+    return {"samples": samples, "spec": spec, "grid_spec": spec, "mlp_spec": ops.MLPSpec(inputs=2, outputs=4),
+            "grid": ops.TetGrid.kuhn(1), "resolution": (4, 4),
             "occupancy": nn.OccupancyGrid([-1, -1, -1, 1, 1, 1], 2)}
 
 

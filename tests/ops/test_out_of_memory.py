@@ -45,6 +45,7 @@ print("kernels without memory:", failed, "done:", done)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 @pytest.mark.parametrize("op", ["hash_grid", "rasterize"])
 def test_no_memory_is_an_exception(op):
-    child = subprocess.run([sys.executable, "-c", CHILD, op], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    command, root = [sys.executable, "-c", CHILD, op], Path(__file__).parents[2]
+    child = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-2000:]
     assert int(child.stdout.split(":")[1].split()[0]) > 0, "no kernel ran out of memory: the limits miss it"

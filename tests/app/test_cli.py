@@ -159,7 +159,8 @@ def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
     assert "config.yaml" in capsys.readouterr().err
 
 
-def test_version_and_settings(red_ball, capsys):
+def test_version_and_settings(red_ball, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["--version"]) == 0 and "text3d-fast" in capsys.readouterr().out
     assert cli.main(["generate", "a ball", "--help-settings", "--set", "guidance.weight=3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -263,7 +263,7 @@ def test_levels_that_would_be_read_out_of_bounds_are_refused(compiled, device, g
             sample(tex, uv, uv_da, mip=mip)
     with pytest.raises(error, match=r"mip\[0\]: expected square cube faces"):
         sample(cube, direction, direction_da, mip=level(2, 6, 4, 2, 3), boundary_mode="cube")
-    with pytest.raises(error, match=r"tex: expected a batch of 1 or (4|s\d+), got 0"):  # s: a size that torch made symbolic
+    with pytest.raises(error, match=r"tex: expected a batch of 1 or (4|s\d+), got 0"):  # s: a symbolic size
         sample(tex[:0], uv)
 
 

@@ -48,9 +48,9 @@ def model_settings() -> ModelSettings:
         cameras={"elevation": [-10, 80], "azimuth": [0, 360], "distance": [2.4, 3.0], "fov_y": [40, 40]},
         view_words="left_right",
         # a small denoiser knows the form that is asked for where the picture is mostly noise; below, it keeps any form
-        recipe=LIGHTS | {
+        recipe={name: list(value) if isinstance(value, tuple) else value for name, value in LIGHTS.items()} | {
             "guidance.weight": 1.0, "guidance.weighting": "sample",
-            "guidance.time": (0.85, 0.98), "guidance.final_time": (0.5, 0.7),
+            "guidance.time": [0.85, 0.98], "guidance.final_time": [0.5, 0.7],
         },
         licence="CC0-1.0",
         name="toybox",

@@ -18,6 +18,7 @@ from examples.train_toybox.train import Trainer, denoising_loss, train
 from text3d_fast.guidance import load_prior
 from text3d_fast.guidance.prior import Conditions
 from text3d_fast.toybox.captions import view_word, words
+from text3d_fast.toybox.learned.mean_image import _composite
 from text3d_fast.toybox.objects import CLASSES, COLORS
 from text3d_fast.toybox.scenes import VIEWS, Description, Thing
 
@@ -163,22 +164,17 @@ def test_mean_image_learns_and_composites(data):
     assert error() < 0.8 * before
     assert any(not torch.equal(a, b) for a, b in zip(words, model.text_encoder.parameters(), strict=True))
 
-    def told(background):  # as little as possible beside the background: its flag would change the drawing
-        vector = model.condition_vector(Conditions([""], None, background))
-        vector[:, 8] = 0
-        return vector
-
     text = model.embed(model.token_ids(["a red mug"]))
+    unknown = torch.full((1, 3), torch.nan)
+    dropped = (model.condition_vector(Conditions([""], None, ground)) for ground in (None, unknown))
     with torch.no_grad():
-        white, black, grey, none, unknown = (
-            model.mean_image.over(text, told(None if level is None else torch.full((1, 3), level)))[0]
-            for level in (1.0, 0.0, 0.5, None, torch.nan)
-        )
+        none, unknown = (model.mean_image.over(text, vector)[0] for vector in dropped)
+        parts = model.mean_image(text, torch.zeros(1, 12))
+    assert torch.equal(none, unknown)
+    white, black, grey = (_composite(*parts, torch.full((1, 3), level)) for level in (1.0, -1.0, 0.0))
     torch.testing.assert_close((white + black) / 2, grey)
-    assert torch.equal(grey, none) and torch.equal(grey, unknown) and not torch.equal(white, black)
-    red = torch.tensor([[1.0, 0.5, 0.5]])
-    with torch.no_grad():
-        drawn = model.mean_image.over(text, told(red))[0]
+    assert not torch.equal(white, black)
+    drawn = _composite(*parts, torch.tensor([[1.0, 0.0, 0.0]]))
     assert torch.equal(drawn[:, 16:], grey[:, 16:]) and torch.equal(drawn[:, :16], white[:, :16])
 
 

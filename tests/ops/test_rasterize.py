@@ -10,7 +10,7 @@ import torch
 from meshes import perspective, soup, uv_sphere
 from watertight import KINDS, count_errors
 
-from text3d_fast import ops, use_backend
+from text3d_fast import native, ops, use_backend
 from text3d_fast.reference import rasterize as reference
 
 # (triangles, size, height, width): odd images, tiny and huge triangles

@@ -286,19 +286,19 @@ def kuhn_backward_kernel(grad_vertices, positions, sdf, signs, offsets, grad_pos
         gx = tl.zeros((BLOCK,), tl.float32)
         gy, gz, gs = gx, gx, gx
         to = tl.load(offsets + row * words + w, flags != 0, 0).to(tl.int64) + _rank(crossing, bits_below(bit))
-        for c in range(1, 8):
-            here = (flags >> (c - 1) & 1) != 0
-            step = ((c >> 2) * (ny + 1) + (c >> 1 & 1)) * (nz + 1) + (c & 1)
+        for k in range(1, 8):
+            here = (flags >> (k - 1) & 1) != 0
+            step = ((k >> 2) * (ny + 1) + (k >> 1 & 1)) * (nz + 1) + (k & 1)
             gx, gy, gz, gs = _edge_gradient(grad_vertices, positions, sdf, to, vertex, vertex + step, here & ~here,
                                             here, gx, gy, gz, gs)  # fmt: skip
             to += here.to(tl.int64)
-        for c in range(1, 8):
-            here = (below >> c & 1) != 0
-            lx, ly, lz = x - (c >> 2), y - (c >> 1 & 1), z - (c & 1)
-            number = tl.zeros_like(lx) + c
+        for k in range(1, 8):
+            here = (below >> k & 1) != 0
+            lx, ly, lz = x - (k >> 2), y - (k >> 1 & 1), z - (k & 1)
+            number = tl.zeros_like(lx) + k
             row_of = _edge_id(signs, offsets, tl.maximum(lx, 0), tl.maximum(ly, 0), tl.maximum(lz, 0), number, here,
                               words, nx, ny, nz)  # fmt: skip
-            step = ((c >> 2) * (ny + 1) + (c >> 1 & 1)) * (nz + 1) + (c & 1)
+            step = ((k >> 2) * (ny + 1) + (k >> 1 & 1)) * (nz + 1) + (k & 1)
             gx, gy, gz, gs = _edge_gradient(grad_vertices, positions, sdf, row_of.to(tl.int64), vertex - step, vertex,
                                             here, here, gx, gy, gz, gs)  # fmt: skip
         _store_gradient(grad_positions, grad_sdf, vertex, gx, gy, gz, gs, (flags | below) != 0, TO_POSITIONS)

@@ -9,10 +9,10 @@ Values and gradients are compared before anything is timed. `--csv FILE` appends
 import argparse
 import csv
 import resource
-import statistics
 import time
 
 import torch
+from bench_mlp import measure
 
 from text3d_fast import ops
 from text3d_fast.guidance import GaussianMixture, MixturePrior
@@ -32,19 +32,6 @@ def make() -> tuple[DreamFusionStage, torch.Generator]:
         training.renderer.update(training.field, 0, training.generator, every=1,
                                  threshold=training.config.sampling.threshold)
     return training, training.generator
-
-
-def measure(run, seconds: float) -> tuple[float, float]:
-    """Median wall time and smallest CPU time (all threads) of the calls that fit into `seconds`, ms."""
-    for _ in range(2):
-        run()
-    walls, cpus = [], []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(walls) < 3:
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall), cpus.append(time.process_time() - cpu)
-    return 1e3 * statistics.median(walls), 1e3 * min(cpus)
 
 
 def steps(seconds: float):

@@ -17,7 +17,7 @@ from text3d_fast.pipelines.config import MeshConfig
 from text3d_fast.pipelines.pictures import mesh_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
 from text3d_fast.pipelines.surface import choose_threshold, colored
-from text3d_fast.pipelines.volume_stage import VolumeStage, sample_cameras, score_distillation, view_conditions
+from text3d_fast.pipelines.volume_stage import VolumeStage, distillation_step, sample_cameras, score_distillation
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights
@@ -69,13 +69,7 @@ class MeshStage(Stage):
 
     def step(self) -> StepState:
         """Magic3D's section 4.2: the mesh of now, a picture of it or of a part, score distillation, Adam."""
-        look = self.look()
-        distilled = self.distill(look.images, view_conditions(self, look), self.progress, self.generator)
-        loss = distilled.loss + look.penalties
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return StepState(self, look.rendering, loss.detach(), distilled.gradient_norm)
+        return distillation_step(self)
 
     def look(self, cameras: Cameras | None = None, color: Tensor | None = None) -> Look:
         """The step's pictures: from these cameras, over this colour [B, 3]; None: random ones, as the light is."""

@@ -58,19 +58,7 @@ class VolumeStage(Stage):
 
     def step(self) -> StepState:
         """One step of DreamFusion's section 3."""
-        # 1. a picture from a random camera
-        look = self.look()
-
-        # 2. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and
-        # a seed means the same everywhere
-        distilled = self.distill(look.images, view_conditions(self, look), self.progress, self.generator)
-        loss = distilled.loss + look.penalties
-
-        # 3. a step of Adam
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return StepState(self, look.rendering, loss.detach(), distilled.gradient_norm)
+        return distillation_step(self)
 
     def look(self, cameras: Cameras | None = None, color: Tensor | None = None) -> Look:
         """The step's pictures: from these cameras, over this colour [B, 3]; None: random ones, as the light is."""
@@ -172,6 +160,23 @@ def time_range(chosen: GuidanceConfig) -> TimeRange:
     final = chosen.final_time or (None, None)
     kind = "constant" if chosen.final_time is None else chosen.time_moves
     return TimeRange(*chosen.time, *final, kind=kind, end=chosen.time_end)
+
+
+def distillation_step(stage: Stage) -> StepState:
+    """A picture (`stage.look`), its distillation (`stage.distill`) and a step of `stage.optimizer`."""
+    # 1. a picture from a random camera
+    look = stage.look()
+
+    # 2. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and a
+    # seed means the same everywhere
+    distilled = stage.distill(look.images, view_conditions(stage, look), stage.progress, stage.generator)
+    loss = distilled.loss + look.penalties
+
+    # 3. a step of Adam
+    stage.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    stage.optimizer.step()
+    return StepState(stage, look.rendering, loss.detach(), distilled.gradient_norm)
 
 
 def view_conditions(stage: Stage, look: Look) -> Conditions:

@@ -7,6 +7,9 @@ import pytest
 from red_ball import TINY, RedBall
 
 from text3d_fast.app import cli
+from text3d_fast.app.commands.bench import write_benchmark_csv
+from text3d_fast.app.commands.outcome import EMPTY_MESH, INTERRUPTED, USER_ERROR
+from text3d_fast.app.commands.runs import default_folder
 
 SMALL = ["--set", *(f"{name}={list(value) if isinstance(value, tuple) else value}"
                     for name, value in (TINY | {"steps": 3}).items())]
@@ -34,6 +37,7 @@ def test_help_teaches_and_is_fast():
         done = subprocess.run([sys.executable, "-m", "text3d_fast", *words], capture_output=True, text=True)
         times.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
+    assert 'Examples:\n  text3d-fast generate "a red mug"\n' in done.stdout
     assert "Ctrl-C saves" in done.stdout and "--resume" in done.stdout and "analytic" in done.stdout
     assert "torch" not in subprocess.run(
         [sys.executable, "-c", "import sys, text3d_fast.app.cli; print(*sys.modules)"], capture_output=True, text=True
@@ -48,7 +52,7 @@ def test_generate_writes_everything_and_says_so(red_ball, tmp_path, capsys):
         path.name for path in out.iterdir()}
     assert "done in" in capsys.readouterr().err
     # again: refused; with --resume: nothing left to do but to write the results
-    assert cli.main(["generate", "a ball", "--out", str(out), *SMALL]) == cli.USER_ERROR
+    assert cli.main(["generate", "a ball", "--out", str(out), *SMALL]) == USER_ERROR
     assert "--resume" in capsys.readouterr().err
     assert cli.main(["generate", "a ball", "--out", str(out), "--resume", *SMALL]) == 0
 
@@ -64,7 +68,7 @@ def test_ctrl_c_says_how_to_go_on(red_ball, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(progress.Progress, "step", press)
     status = cli.main(["generate", "a ball", "--seed", "4", "--out", str(tmp_path / "run"), "--no-camera", *SMALL])
-    assert status == cli.INTERRUPTED
+    assert status == INTERRUPTED
     message = capsys.readouterr().err
     assert "after step 1" in message and "text3d-fast generate 'a ball' --resume" in message
     assert "--seed 4" in message and "--no-camera" in message and "--set" in message
@@ -76,13 +80,13 @@ def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr("text3d_fast.pipelines.surface.choose_threshold", press)
-    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == cli.INTERRUPTED
+    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL]) == INTERRUPTED
     assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
 
 
 def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
     words = ["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL, "field.sharpness=1e-9"]
-    assert cli.main(words) == cli.EMPTY_MESH
+    assert cli.main(words) == EMPTY_MESH
     assert "empty" in capsys.readouterr().err
 
 
@@ -97,14 +101,14 @@ def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
 ])
 def test_mistakes_are_explained(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["generate", *words]) == cli.USER_ERROR
+    assert cli.main(["generate", *words]) == USER_ERROR
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
 def test_default_folders(tmp_path):
     def folder(resume):
-        return cli.default_folder("A red Mug!", resume, tmp_path)
+        return default_folder("A red Mug!", resume, tmp_path)
 
     assert folder(False) == folder(True) == tmp_path / "a-red-mug"
     folder(False).mkdir()
@@ -119,7 +123,7 @@ def test_doctor_shows_every_op(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "torch" in shown and "composite" in shown and len(backends.table()) >= 6
     assert "GPU none" in shown and {row["device"] for row in backends.table()} == {"cpu"}
-    assert cli.main(["doctor", "--model", "no/such/folder/anywhere"]) == cli.USER_ERROR
+    assert cli.main(["doctor", "--model", "no/such/folder/anywhere"]) == USER_ERROR
 
 
 def test_bench_runs_what_is_named(monkeypatch, capfd):
@@ -127,14 +131,14 @@ def test_bench_runs_what_is_named(monkeypatch, capfd):
     monkeypatch.setenv("TEXT3D_BENCH_ROUNDS", "1")
     assert cli.main(["bench", "--only", "L8F4T19-rays-forward-ours-fp16"]) == 0
     assert "1 passed" in capfd.readouterr().out
-    assert cli.main(["bench", "--only", "nonesuch"]) == cli.USER_ERROR
+    assert cli.main(["bench", "--only", "nonesuch"]) == USER_ERROR
     assert "nonesuch" in capfd.readouterr().err
 
 
 def test_benchmark_table(tmp_path):
     stats = {"min": 1.0, "median": 2.0, "mean": 2.5, "stddev": 0.1, "rounds": 3}
     (tmp_path / "b.json").write_text(json.dumps({"benchmarks": [{"name": "n", "group": "g", "stats": stats}]}))
-    cli.write_benchmark_csv(tmp_path / "b.json", tmp_path / "b.csv")
+    write_benchmark_csv(tmp_path / "b.json", tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_text().splitlines()[1] == "n,g,1.0,2.0,2.5,0.1,3"
 
 
@@ -155,7 +159,7 @@ def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
     edited = json.loads((tmp_path / "edit" / "result.json").read_text())
     assert edited["edited"] == str(out) and edited["steps"] == 3 and edited["prompt"] == "a red ball"
     capsys.readouterr()
-    assert cli.main(["edit", str(tmp_path / "edit-of-nothing"), "a ball"]) == cli.USER_ERROR
+    assert cli.main(["edit", str(tmp_path / "edit-of-nothing"), "a ball"]) == USER_ERROR
     assert "config.yaml" in capsys.readouterr().err
 
 
@@ -180,5 +184,5 @@ def test_brackets_in_a_prompt_are_printed_as_typed(red_ball, tmp_path, capsys):
 ])
 def test_absurd_numbers_are_refused(red_ball, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["generate", "a ball", *words]) == cli.USER_ERROR
+    assert cli.main(["generate", "a ball", *words]) == USER_ERROR
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []

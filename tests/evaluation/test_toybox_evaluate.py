@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from text3d_fast import geometry
-from text3d_fast.app.cli import Evaluate, main
+from text3d_fast.app.cli import main
+from text3d_fast.app.commands.evaluate import Evaluate
 from text3d_fast.errors import EmptyMesh
 from text3d_fast.evaluation import metrics
 from text3d_fast.evaluation import suite as evaluate

@@ -18,7 +18,7 @@ from text3d_fast.images import write_views
 from text3d_fast.pipelines import playground
 
 if TYPE_CHECKING:
-    from text3d_fast.app.cli import Playground
+    from text3d_fast.app.commands.playground import Playground
 
 
 def compare(options: Playground, out: Path) -> list[playground.Cell]:

@@ -408,7 +408,7 @@ def _write_csv(path: Path, records: Sequence[dict]) -> None:
 
 
 def main(options: Any) -> int:
-    """The command: options are those of cli.Evaluate. Returns the exit status."""
+    """The command: options are those of `app.commands.evaluate.Evaluate`. Returns the exit status."""
     from rich.console import Console
 
     from text3d_fast.errors import OutputError

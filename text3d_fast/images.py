@@ -1,13 +1,19 @@
 """Picture files: read with limits; PNG, turntables and contact sheets from tensors."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from text3d_fast.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MOST_PIXELS = 64 << 20  # of a picture that is read
 LARGEST_SIDE = 4096  # larger ones are reduced to it
@@ -100,10 +106,10 @@ def write_turntable(path: str | Path, frames: torch.Tensor, fps: float = 15.0) -
                        duration=max(20, round(1000 / fps)), disposal=1)
 
 
-def write_views(
-    path: str | Path, frames: torch.Tensor, labels: Sequence[str] | None = None, columns: int = 4, gap: int = 4
-) -> None:
-    """Write frames [N, H, W, 3] in [0, 1] as one PNG, `columns` a row, each with its label, atomically."""
+def contact_sheet(
+    frames: torch.Tensor, labels: Sequence[str] | None = None, columns: int = 4, gap: int = 4
+) -> Image:
+    """Frames [N, H, W, 3] in [0, 1] in one picture, `columns` a row, each with its label."""
     from PIL import Image, ImageDraw
 
     data = to_bytes(_checked(frames))
@@ -120,5 +126,13 @@ def write_views(
         sheet.paste(Image.fromarray(data[i]), (left, top))
         if labels is not None:
             draw.text((left + width / 2, top + height + line / 2), labels[i], fill="black", anchor="mm")
+    return sheet
+
+
+def write_views(
+    path: str | Path, frames: torch.Tensor, labels: Sequence[str] | None = None, columns: int = 4, gap: int = 4
+) -> None:
+    """Write `contact_sheet` as a PNG, atomically."""
+    sheet = contact_sheet(frames, labels, columns, gap)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -51,6 +51,8 @@ def test_generate_writes_everything_and_says_so(red_ball, tmp_path, capsys):
     assert {"mesh.glb", "turntable.gif", "views.png", "result.json", "config.yaml", "checkpoint.safetensors"} <= {
         path.name for path in out.iterdir()}
     assert "done in" in capsys.readouterr().err
+    log = (out / "run.log").read_text().splitlines()
+    assert "dreamfusion: step 3 of 3, loss" in log[-2] and "done in" in log[-1]
     # again: refused; with --resume: nothing left to do but to write the results
     assert cli.main(["generate", "a ball", "--out", str(out), *SMALL]) == USER_ERROR
     assert "--resume" in capsys.readouterr().err

@@ -81,4 +81,4 @@ def test_serve_listens_on_loopback(tmp_path, monkeypatch):
     monkeypatch.setattr(viser, "ViserServer", server)
     command = ["view", str(tmp_path / "a.obj"), "--serve", "--port", "8473"]
     assert cli.main(command) == cli.main([*command, "--host", "0.0.0.0"]) == 130
-    assert asked == [{"host": "127.0.0.1", "port": 8473}, {"host": "0.0.0.0", "port": 8473}]
+    assert [(one["host"], one["port"]) for one in asked] == [("127.0.0.1", 8473), ("0.0.0.0", 8473)]

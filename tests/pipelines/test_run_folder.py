@@ -8,6 +8,7 @@ import torch
 from red_ball import TINY, RedBall
 
 from text3d_fast.errors import CheckpointError, OutputError
+from text3d_fast.geometry import read_mesh
 from text3d_fast.pipelines import DreamFusion, pipeline, results, surface
 from text3d_fast.pipelines.config import DreamFusionConfig
 from text3d_fast.pipelines.run_folder import RunFolder
@@ -120,3 +121,20 @@ def test_all_numbers_of_a_configuration_are_in_the_table():
 def test_a_wrong_name_shows_the_nearest():
     with pytest.raises(ValueError, match=r"guidance\.weigth: no such setting, did you mean guidance\.weight\?"):
         DreamFusionConfig().updated({"guidance.weigth": 3})
+
+
+def test_a_result_shows_itself_and_its_mesh_saves_itself(tmp_path):
+    result = run(None)
+    page = result._repr_html_()
+    assert page.startswith('<img src="data:image/png;base64,') and "<td>prompt</td><td>a ball</td>" in page
+    assert "<td>faces</td>" in page
+    result.mesh.save(tmp_path / "ball.glb")
+    assert len(read_mesh(tmp_path / "ball.glb").faces) == len(result.mesh.faces)
+
+
+def test_what_happens_after_the_steps_is_reported():
+    said = []
+    DreamFusion(prior=RedBall(), device="cpu", settings=SETTINGS_OF_A_STEP).run(
+        "a ball", report=lambda what, done: said.append((what, done)))
+    assert said[0] == ("surface and colours", 0.0) and said[-1] == ("done", 1.0)
+    assert [done for _, done in said] == sorted(done for _, done in said)

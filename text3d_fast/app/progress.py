@@ -1,8 +1,9 @@
-"""What `generate` shows: a progress bar with loss, rate and time left, and a summary."""
+"""What a run shows in the terminal: a bar with loss, rate and time left, or a line now and then; and its log."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,62 +15,99 @@ if TYPE_CHECKING:
     from text3d_fast.pipelines.results import Result
     from text3d_fast.pipelines.stage import StepState
 
+EVERY = 15  # seconds between lines, where there is no bar, and in the log
+
 
 class Progress:
-    """A context whose `step` is a callback for `Pipeline.run`: a bar on a terminal, a line now and then elsewhere."""
+    """A context around one or several runs; `step` and `report` are the callbacks of `Pipeline.run`."""
 
-    def __init__(self, pipeline: Pipeline, prompt: str, steps: int | None, quiet: bool = False):
+    def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
-        self.loss, self.stage, self.said = 0.0, "", 0.0
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-        )
-        understood = pipeline.prior.canonical(prompt)
-        steps = steps or pipeline.config.total_steps()
-        self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")
-        self.say(f"model {pipeline.model}, {steps} steps on {pipeline.device}")
+        self.loss, self.stage, self.said = 0.0, None, 0.0
+        self.log: Path | None = None
+        self.bar: Bar | None = None
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line as it is: brackets in a prompt are no markup."""
-        self.console.print(text, style=style, markup=False, highlight=False)
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error) -> None:
-        self.bar.stop()
+        self._stop()
+
+    def begin(self, pipeline: Pipeline, prompt: str, steps: int | None, out: Path) -> None:
+        """Of one run; its lines go into `out`/run.log, too."""
+        self.stage, self.log = None, out / "run.log"
+        understood = pipeline.prior.canonical(prompt)
+        steps = steps or pipeline.config.total_steps()
+        self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")
+        self.say(f"model {pipeline.model}, {steps} steps on {pipeline.device}")
 
     def step(self, step: int, state: StepState) -> None:
         steps, name = state.stage.config.steps, state.stage.name
-        if name != self.stage:  # not before: priors show a bar of their own while they prepare
-            self.stage, self.loss = name, 0.0
+        if state.stage is not self.stage:  # not before: priors show a bar of their own while they prepare
+            self.stage, self.loss = state.stage, 0.0
+            self._start(TextColumn("loss {task.fields[loss]}  {task.fields[rate]} steps/s"))
             self.task = self.bar.add_task(name, total=steps, loss="-", rate="-")
-            if self.console.is_terminal:
-                self.bar.start()
         fields = {}
         if step % 10 == 0 or step == 1:  # reading a number waits for a GPU
             loss = float(state.loss)
             self.loss = loss if self.loss == 0 else 0.8 * self.loss + 0.2 * loss
             fields = {"loss": f"{self.loss:.4f}", "rate": f"{state.rate:.1f}"}
         self.bar.update(self.task, completed=step, **fields)
-        if not self.console.is_terminal and (time.monotonic() - self.said > 15 or step == steps) and self.loss:
+        if (time.monotonic() - self.said > EVERY or step == steps or state.stopping) and self.loss:
             self.said = time.monotonic()
             left = (steps - step) / max(state.rate, 1e-9)
-            rate = f"{state.rate:.1f} steps/s, {left:.0f} s left"
-            self.say(f"{name}: step {step} of {steps}, loss {self.loss:.4f}, {rate}")
+            line = (f"{name}: step {step} of {steps}, loss {self.loss:.4f}, {state.rate:.1f} steps/s, "
+                    f"{left:.0f} s left")
+            self._note(line)
+            if not self.console.is_terminal:
+                self.say(line)
         if step == steps:
-            self.bar.stop()
-            self.say("exporting: surface, colours, pictures")
+            self._stop()
 
-    def summary(self, result: Result) -> None:
+    def report(self, what: str, done: float) -> None:
+        """What happens after the steps, and the share of it that is done."""
+        if self.bar is None:
+            self._start()
+            self.task = self.bar.add_task("exporting", total=1.0)
+            if not self.console.is_terminal:
+                self.say("exporting")
+        self.bar.update(self.task, completed=done, description=f"exporting: {what}")
+        if done >= 1:
+            self._stop()
+
+    def end(self, result: Result) -> None:
         metrics, figures = result.metrics, result.metrics["metrics"]
         seconds = metrics["seconds"]
-        self.console.print(
-            f"done in {seconds['total']:.0f} s ({metrics['seconds_per_step'] * 1000:.0f} ms a step, "
-            f"export {seconds['export']:.0f} s, {metrics['peak_memory_bytes'] / 2**30:.1f} GiB): "
-            f"{figures['faces']} faces, {figures['components']} piece(s)"
-        )
+        line = (f"done in {seconds['total']:.0f} s ({metrics['seconds_per_step'] * 1000:.0f} ms a step, "
+                f"export {seconds['export']:.0f} s, {metrics['peak_memory_bytes'] / 2**30:.1f} GiB): "
+                f"{figures['faces']} faces, {figures['components']} piece(s)")
+        self._note(line)
+        self.say(line)
         for warning in result.warnings:
             self.say(f"warning: {warning}", style="yellow")
+
+    def _start(self, *columns: TextColumn) -> None:
+        """A new bar; shown on a terminal only."""
+        self._stop()
+        counts = (MofNCompleteColumn(), *columns) if columns else ()
+        self.bar = Bar(TextColumn("[bold]{task.description}"), BarColumn(), *counts, TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def _stop(self) -> None:
+        if self.bar is not None and self.console.is_terminal:  # elsewhere it would leave an empty line
+            self.bar.stop()
+        self.bar = None
+
+    def _note(self, line: str) -> None:
+        """Into the log. One that cannot be written is no reason to lose a run."""
+        try:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        except OSError:
+            pass

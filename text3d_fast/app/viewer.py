@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text3d_fast.app.page import address_of, check_address, close_page, open_page
 from text3d_fast.geometry import Mesh, glb_bytes, read_mesh
 from text3d_fast.images import read_image, write_png
 from text3d_fast.scene.cameras import Cameras
@@ -121,44 +122,21 @@ def serve(
     """Show the mesh in a browser until Ctrl-C, on `port` or the next free one, to this machine only unless `host` is
     another address of it (0.0.0.0: all).
 
-    RuntimeError if viser is not installed; ValueError or OSError name a file, port or host that is at fault.
+    ImportError if viser is not installed; ValueError or OSError name a file, port or host that is at fault.
     """
-    _check_address(host, port)
-    try:
-        import viser
-    except ImportError:
-        raise RuntimeError("the live view needs viser: pip install 'text3d-fast[viewer]'") from None
     import time
 
+    check_address(host, port)
     paths = {"mesh": mesh_path, "scene": scene_path}
     meshes = {name: read_mesh(path) for name, path in paths.items() if path is not None}
     center, radius = bounding_ball(meshes["mesh"])
-    server = viser.ViserServer(host=host, port=port)
-    server.scene.set_up_direction("+y")
-    # the default environment's light alone burns out bright colours
-    server.scene.configure_environment_map("studio", environment_intensity=0.3)
+    server = open_page(host, port)
     for name, mesh in meshes.items():
         server.scene.add_glb(f"/{name}", glb_bytes(_placed(mesh, center, radius)))
-    server.initial_camera.position = (1.2, 0.9, 2.6)
-    server.initial_camera.look_at = (0.0, 0.0, 0.0)
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
-    print(f"http://{shown}:{server.get_port()}  (Ctrl-C ends)", flush=True)
+    print(f"{address_of(server)}  (Ctrl-C ends)", flush=True)
     try:
         while True:
             time.sleep(3600)
     finally:
-        server.stop()
+        close_page(server)
 
-
-def _check_address(host: str, port: int) -> None:
-    """The server's own thread would fail without anybody noticing."""
-    import socket
-
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port: expected 1 to 65535, got {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"host: {host!r} is no address of this machine ({error})") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,12 @@ class Mesh:
         names = ("normals", "colors", "uv", "texture", "normal_map")
         extras = [name for name in names if getattr(self, name) is not None]
         return f"Mesh(vertices={len(self.vertices)}, faces={len(self.faces)}{''.join(', ' + e for e in extras)})"
+
+    def save(self, path: str | Path) -> None:
+        """Write it as GLB, OBJ, PLY or STL, by the name's end; see `geometry.write_mesh`."""
+        from text3d_fast.geometry.io import write_mesh
+
+        write_mesh(path, self)
 
     def to(self, device: torch.device | str) -> "Mesh":
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

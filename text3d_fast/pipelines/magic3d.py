@@ -16,7 +16,7 @@ from text3d_fast.pipelines.config import EditConfig, Magic3DConfig, RunConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.pipeline import Pipeline
 from text3d_fast.pipelines.recipes import Recipe, surface_recipe, volume_recipe
-from text3d_fast.pipelines.results import Result
+from text3d_fast.pipelines.results import Report, Result
 from text3d_fast.pipelines.run_folder import CONFIG, RunFolder
 from text3d_fast.pipelines.stage import Stage
 from text3d_fast.pipelines.trainer import Callback
@@ -142,6 +142,7 @@ class Edit(Magic3D):
         out: str | Path | None = None,
         callback: Callback | None = None,
         resume: bool = False,
+        report: Report | None = None,
     ) -> Result:
         """As `Pipeline.run`; steps: at most 30 % of the result's own, which is the default."""
         if steps is not None:
@@ -149,7 +150,7 @@ class Edit(Magic3D):
                 raise ValueError(f"steps: expected 1 to {self.most_steps}, {EDIT_SHARE:.0%} of the result's, "
                                  f"got {steps}")
             self.config = self.config.updated({"edit.steps": steps})
-        return super().run(prompt, None, self.config.seed, out, callback, resume, EditStage.name, self.folder)
+        return super().run(prompt, None, self.config.seed, out, callback, resume, EditStage.name, self.folder, report)
 
     def about(self) -> dict[str, Any]:
         return {"guidance": {EditStage.name: self.fine_prior.name}, "edited": str(self.folder)}

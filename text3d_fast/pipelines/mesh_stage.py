@@ -20,7 +20,7 @@ from text3d_fast.pipelines.surface import choose_threshold, colored
 from text3d_fast.pipelines.volume_stage import VolumeStage, distillation_step, sample_cameras, score_distillation
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
-from text3d_fast.scene.lights import Lights
+from text3d_fast.scene.lights import Lights, headlights
 from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes, vertex_normals
 from text3d_fast.scene.regularizers import laplacian_loss, normal_consistency, sdf_sign_loss
 from text3d_fast.scene.tet_field import ColorField, TetField, fit_to_density
@@ -130,6 +130,16 @@ class MeshStage(Stage):
             if weight > 0:
                 total = total + weight * term()
         return total
+
+    @torch.no_grad()
+    def picture(self, cameras: Cameras) -> Tensor:
+        background = torch.ones(len(cameras), 3, device=self.device)
+        mesh = Mesh(*self.scene.tets.mesh())
+        if not len(mesh.faces):
+            return background[:, None, None].expand(-1, cameras.height, cameras.width, 3)
+        mesh.normals = vertex_normals(mesh.vertices, mesh.faces)
+        rendering = render_meshes([mesh], cameras, background, headlights(cameras), material=self.scene.color)
+        return rendering.color.clamp(0, 1)
 
     @torch.no_grad()
     def preview(self) -> Tensor:

@@ -21,6 +21,7 @@ from text3d_fast.pipelines.config import ProlificDreamerConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.stage import Extraction, Stage, StepState
 from text3d_fast.pipelines.volume_stage import VolumeStage, time_range, view_conditions
+from text3d_fast.scene.cameras import Cameras
 
 
 class ParticleStage(Stage):
@@ -103,6 +104,14 @@ class ParticleStage(Stage):
 
     def after(self, images: Tensor, conditions: Conditions) -> None:
         """What is learned from the step's pictures."""
+
+    @property
+    def parts(self) -> list[Stage]:
+        return list(self.particles)
+
+    def picture(self, cameras: Cameras) -> Tensor:
+        """Of the first particle."""
+        return self.particles[0].picture(cameras)
 
     def preview(self) -> Tensor:
         """A row for each particle."""

@@ -12,7 +12,7 @@ import torch
 from text3d_fast.guidance import Prior, load_prior
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.recipes import Recipe, recipe, volume_recipe
-from text3d_fast.pipelines.results import Result, finish
+from text3d_fast.pipelines.results import Report, Result, finish
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.stage import Stage
 from text3d_fast.pipelines.trainer import Callback, Trainer
@@ -75,6 +75,7 @@ class Pipeline:
         resume: bool = False,
         stage: str | None = None,
         start: str | Path | None = None,
+        report: Report | None = None,
     ) -> Result:
         """Optimize a scene for the prompt and extract its mesh.
 
@@ -84,6 +85,7 @@ class Pipeline:
         resume    continue from out's checkpoint, with its configuration; the result is that of an unbroken run
         stage     only this one of the stages
         start     the folder of a run that finished the stage before, to begin after it
+        report    called while the result is made with what is done and the share of it that is, 0 to 1
 
         Raises ValueError for prompts the prior has no words for, OutputError for files that cannot be written or
         read, Interrupted after Ctrl-C (everything is saved by then).
@@ -102,7 +104,7 @@ class Pipeline:
             finished = self._finished(before, start) if before else None
             makers = [(kind.name, partial(self._make, config, kind)) for kind in chosen]
             last = Trainer(makers, folder, callback).run(resume, finished)
-            return finish(last, folder, self.about())
+            return finish(last, folder, self.about(), report)
         except BaseException:
             if folder is not None:
                 folder.discard()  # nothing half-written: unless a checkpoint was made, the folder is as before

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +23,8 @@ from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.pictures import VIEW_LABELS, turntable, views
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.stage import Extraction, Stage
+
+Report = Callable[[str, float], Any]
 
 
 @dataclass
@@ -43,15 +49,31 @@ class Result:
     def warnings(self) -> list[str]:
         return self.metrics["warnings"]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the views and the figures."""
+        picture = io.BytesIO()
+        images.contact_sheet(self.views, VIEW_LABELS).save(picture, format="PNG")
+        shown = {name: self.metrics[name] for name in ("prompt", "model", "seed", "steps")}
+        shown |= {"seconds": self.metrics["seconds"]["total"], **self.metrics["metrics"]}
+        rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+                       for name, value in shown.items())
+        notes = "".join(f"<p>warning: {html.escape(text)}</p>" for text in self.warnings)
+        return (f'<img src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}" '
+                f'alt="{html.escape(self.metrics["prompt"])}"><table>{rows}</table>{notes}')
 
-def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any]) -> Result:
+
+def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any], report: Report | None = None) -> Result:
     """Extract the assets, take pictures, write files. `about` goes into result.json. Raises EmptyMesh, OutputError."""
     started = time.perf_counter()
+    report = report or (lambda what, done: None)
+    report("surface and colours", 0.0)
     run, assets = stage.run, stage.extract()
     solid = [asset for asset in assets if len(asset.mesh.faces)]
+    report("pictures", 0.5)
     pictures = [views(asset.mesh, stage.config.cameras) for asset in solid or assets[:1]]
     if folder is not None:
-        _write(folder, stage, solid, pictures)
+        _write(folder, stage, solid, pictures, report)
+    report("done", 1.0)
     spent, optimization = time.perf_counter() - started, stage.seconds_before + stage.seconds
     metrics = {
         "status": "done" if solid else "empty", "pipeline": run.pipeline,
@@ -72,11 +94,14 @@ def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any]) -> Res
     return Result(solid[0].mesh, pictures[0], [asset.mesh for asset in solid], metrics, run, stage)
 
 
-def _write(folder: RunFolder, stage: Stage, assets: list[Extraction], pictures: list[Tensor]) -> None:
+def _write(
+    folder: RunFolder, stage: Stage, assets: list[Extraction], pictures: list[Tensor], report: Report
+) -> None:
     """mesh.glb, turntable.gif and views.png; mesh-2.glb and so on for further particles, one row of pictures each."""
     try:
         for number, asset in enumerate(assets, 1):
             end = "" if number == 1 else f"-{number}"
+            report("files", 0.6 + 0.4 * (number - 1) / len(assets))
             geometry.write_mesh(folder / f"mesh{end}.glb", asset.mesh)
             images.write_turntable(folder / f"turntable{end}.gif", turntable(asset.mesh, stage.config.cameras))
         if assets:

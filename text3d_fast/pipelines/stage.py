@@ -18,8 +18,15 @@ from text3d_fast.scene.cameras import Cameras
 
 
 @dataclass
+class StopRequest:
+    """Whether the run is to be saved and ended after the step it is in."""
+
+    requested: bool = False
+
+
+@dataclass
 class StepState:
-    """What a callback is shown after each step; tensors stay on the device.
+    """What a callback is shown after each step; tensors stay on the device. `stop()` saves and ends the run, as Ctrl-C.
 
     stage       the stage, with its scene, optimizers and configuration
     rendering   the step's pictures
@@ -32,6 +39,16 @@ class StepState:
     loss: Tensor
     gradient_norm: Tensor
     rate: float = 0.0
+    request: StopRequest = field(default_factory=StopRequest, repr=False)
+
+    def stop(self) -> None:
+        """Ask for the run to be saved and ended now: it raises Interrupted."""
+        self.request.requested = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a callback or Ctrl-C has asked for that; one that waits for something must look."""
+        return self.request.requested
 
 
 @dataclass
@@ -95,6 +112,15 @@ class Stage(ABC):
     @abstractmethod
     def step(self) -> StepState:
         """One step of the optimization; the caller counts."""
+
+    @property
+    def parts(self) -> list[Stage]:
+        """The stages whose scenes can be looked at: itself, or its particles."""
+        return [self]
+
+    @abstractmethod
+    def picture(self, cameras: Cameras) -> Tensor:
+        """[B, H, W, 3] in 0..1, the scene as it is from these cameras, over white; of one of the `parts`."""
 
     @abstractmethod
     def preview(self) -> Tensor:

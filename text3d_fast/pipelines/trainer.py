@@ -8,12 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from text3d_fast.errors import Interrupted
 from text3d_fast.pipelines.run_folder import RunFolder
-from text3d_fast.pipelines.stage import Stage, StepState
+from text3d_fast.pipelines.stage import Stage, StepState, StopRequest
 
 Callback = Callable[[int, StepState], Any]
 MakeStage = Callable[[Stage | None], Stage]
@@ -24,7 +23,7 @@ class Trainer:
 
     stages    (name, make) in order; make(previous) builds a stage
     folder    where checkpoints and previews go, None: nowhere
-    callback  called after each step with its number within the stage (from 1) and a StepState
+    callback  called after each step with its number within the stage (from 1) and a StepState; its time does not count
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Trainer:
                 stage.step_done += 1
                 recent.append(time.perf_counter() - started)
                 stage.seconds += recent[-1]
-                state.rate = len(recent) / max(sum(recent), 1e-9)
+                state.rate, state.request = len(recent) / max(sum(recent), 1e-9), interrupt
                 if self.callback is not None:
                     self.callback(stage.step_done, state)
                 if self.folder is not None:
@@ -69,17 +68,12 @@ class Trainer:
                     raise Interrupted(stage.step_done)
 
 
-@dataclass
-class _Interrupt:
-    requested: bool = False
-
-
 @contextlib.contextmanager
-def catch_interrupt() -> Iterator[_Interrupt]:
+def catch_interrupt() -> Iterator[StopRequest]:
     """Turns the first Ctrl-C (or SIGTERM, SIGHUP) into a request, so that a step is never cut in half; the second one
     acts at once.
     """
-    interrupt = _Interrupt()
+    interrupt = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return

@@ -16,6 +16,7 @@ from text3d_fast.pipelines.surface import volume_surface
 from text3d_fast.scene.background import BackgroundNetwork, random_background
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.field import Blob, RadianceField, levels_at
+from text3d_fast.scene.lights import headlights
 from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, thickness_loss
 from text3d_fast.scene.volume_renderer import Rendering, VolumeRenderer
 
@@ -112,6 +113,13 @@ class VolumeStage(Stage):
             if weight > 0:
                 total = total + weight * term()
         return total
+
+    @torch.no_grad()
+    def picture(self, cameras: Cameras) -> Tensor:
+        background = torch.ones(len(cameras), 3, device=self.device)
+        rendering = self.renderer(self.field, cameras, background, headlights(cameras), "lambertian",
+                                  self.config.field.normals)
+        return rendering.color.clamp(0, 1)
 
     def preview(self) -> Tensor:
         """Four sides of the volume side by side."""

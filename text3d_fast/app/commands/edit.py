@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from text3d_fast.app.commands.runs import RunOptions, optimize
+from text3d_fast.app.commands.runs import Command, Job, RunOptions, default_folder, optimize
 
 
 @dataclass
@@ -35,7 +35,9 @@ class Edit:
         def make(settings: dict):
             return magic3d.Edit(self.folder, options.device, settings=settings)
 
-        def run(pipeline, out, callback):
-            return pipeline.run(self.prompt, options.steps, out, callback, options.resume)
+        def run(pipeline, job, callback, report):
+            return pipeline.run(job.prompt, options.steps, job.out, callback, job.resume, report)
 
-        return optimize(self.prompt, options, make, run, ["edit", str(self.folder), self.prompt])
+        out = options.out or default_folder(self.prompt, options.resume)
+        command = Command(make, run, ["edit", str(self.folder), self.prompt])
+        return optimize(command, [Job(self.prompt, 0, out, options.resume)], options, out)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from text3d_fast.app.commands.batch import Batch, batch_folder, read_prompts
 from text3d_fast.app.commands.outcome import fail
-from text3d_fast.app.commands.runs import RunOptions, optimize, option_words, parse_setting
+from text3d_fast.app.commands.runs import (
+    Command,
+    Job,
+    RunOptions,
+    default_folder,
+    optimize,
+    option_words,
+    parse_setting,
+)
 
 Backend = Literal["native", "triton", "reference"]
 
@@ -26,10 +36,11 @@ class Generate:
       text3d-fast generate "a blue chair" --model analytic --steps 300
       text3d-fast generate "a red mug" --pipeline magic3d
       text3d-fast generate "a mug" --pipeline prolificdreamer --particles 4
+      text3d-fast generate --prompts prompts.txt --seeds 0 1 2
       text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
     """
 
-    prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
+    prompt: Positional[Annotated[str | None, arg(metavar="PROMPT")]] = None
     """What to make. The built-in model knows a small world: "a red mug", "a striped ball on a blue cube"."""
     pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
     """The method. magic3d makes a coarse volume, then refines its surface as a textured mesh at higher resolution;
@@ -50,6 +61,10 @@ class Generate:
     """prolificdreamer: small is for two CPU cores; scene is a place seen from within, to be run with --stage vsd."""
     seed: int = 0
     """The same seed gives the same result on the same machine."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = ()
+    """A run with each of these, in a folder of its own, and one contact sheet."""
+    prompts: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A prompt on each line instead of PROMPT: a run with each of these, likewise."""
     no_camera: bool = False
     """Tell the prior the view in words only, as in the paper, even if it could be given the camera."""
     backend: Backend | None = None
@@ -65,6 +80,8 @@ class Generate:
                 return fail(f"--{name}: only --pipeline prolificdreamer has it")
         if self.fine_model is not None and self.pipeline != "magic3d":
             return fail("--fine-model: only --pipeline magic3d has a fine stage")
+        if (self.prompt is None) == (self.prompts is None):
+            return fail("expected a PROMPT or --prompts FILE" + ("" if self.prompt is None else ", got both"))
         options = self.run
         if self.help_settings:
             try:
@@ -73,12 +90,31 @@ class Generate:
                 return fail(str(error))
             return 0
 
-        def run(pipeline, out, callback):
-            return pipeline.run(self.prompt, options.steps, self.seed, out, callback, options.resume, self.stage,
-                                self.start)
+        def run(pipeline, job, callback, report):
+            return pipeline.run(job.prompt, options.steps, job.seed, job.out, callback, job.resume, self.stage,
+                                self.start, report)
 
-        own = option_words(self, ("prompt", "run"))
-        return optimize(self.prompt, options, self.make, run, ["generate", self.prompt], own)
+        command = Command(self.make, run, ["generate", *([] if self.prompt is None else [self.prompt])],
+                          option_words(self, ("prompt", "run")))
+        if self.prompts is None and not self.seeds:
+            out = options.out or default_folder(self.prompt, options.resume)
+            return optimize(command, [Job(self.prompt, self.seed, out, options.resume)], options, out)
+        try:
+            prompts = [self.prompt] if self.prompts is None else read_prompts(self.prompts)
+            out = options.out or batch_folder(self.prompts, self.prompt, options.resume)
+            batch = Batch(prompts, self.seeds or (self.seed,), out, options.resume, options.steps is not None)
+        except ValueError as error:
+            return fail(str(error))
+        command.make, command.finished = partial(self.make_all, batch), batch.finished
+        return optimize(command, batch.jobs, options, out)
+
+    def make_all(self, batch: Batch, settings: dict):
+        """The pipeline, which has words for all the prompts, and the batch's folder. ValueError names the line."""
+        pipeline = self.make(settings)
+        for row in batch.rows:
+            pipeline.prior.canonical(row["prompt"])
+        batch.write()
+        return pipeline
 
     def make(self, settings: dict):
         """The pipeline that these options describe."""

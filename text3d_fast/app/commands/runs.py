@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from text3d_fast.app.commands.outcome import EMPTY_MESH, INTERRUPTED, fail
+from text3d_fast.app.commands.outcome import INTERRUPTED, explain, fail
+from text3d_fast.errors import EmptyMesh, Interrupted
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -21,13 +26,19 @@ class RunOptions:
     """Where the result goes and how it is made."""
 
     steps: Annotated[int | None, arg(metavar="N")] = None
-    """Steps of optimization; the default depends on the model, and of edit is 30 % of the result's."""
+    """Steps of optimization; the default depends on the model, and of edit is 30 % of the result's. With --resume, more
+    than were planned go on beyond them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """The folder for the results; by default runs/PROMPT."""
     resume: bool = False
     """Go on from the checkpoint in OUT."""
+    live: bool = False
+    """Show the run in the browser: pictures from your camera, loss, pause, stop (needs the extra `viewer`). Only this
+    machine reaches the page, which stays until it is closed."""
+    port: int = 8080
+    """Where --live listens, or the next free one."""
     threads: Annotated[int | None, arg(metavar="N")] = None
     """CPU threads; by default what torch chooses."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
@@ -36,59 +47,106 @@ class RunOptions:
     """Print nothing but errors."""
 
 
-def optimize(
-    prompt: str, options: RunOptions, make: Callable[[dict], Any], run: Callable[[Any, Path, Callable], Any],
-    command: list[str], own: list[str] | None = None,
-) -> int:
-    """make(settings) a pipeline, run(pipeline, out, callback) it, and say what came of it; returns the exit status.
+@dataclass
+class Job:
+    """One run: a prompt, a seed, the folder of the result, and whether to go on from what is there."""
 
-    command: the words that start this command, own: those of its options that are not in `options`
+    prompt: str
+    seed: int
+    out: Path
+    resume: bool
+
+
+@dataclass
+class Command:
+    """What is to be run.
+
+    make      settings -> a pipeline
+    run       (pipeline, job, callback, report) -> a result
+    words     that start the command again: "generate", "a red mug"; `own` its options that are not in RunOptions
+    finished  called with each job and its result, or the EmptyMesh that came instead
+    """
+
+    make: Callable[[dict], Any]
+    run: Callable[[Any, Job, Callable, Callable], Any]
+    words: list[str]
+    own: list[str] = dataclasses.field(default_factory=list)
+    finished: Callable[[Job, Any], Any] | None = None
+
+
+def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Path) -> int:
+    """Run the jobs and say what comes of them; returns the exit status, of several jobs the worst.
+
+    out: the folder that the command names, to be said to whoever interrupts it
     """
     if options.steps is not None and options.steps < 1:
         return fail(f"--steps: expected a positive number, got {options.steps}")
-    try:
-        settings = dict(parse_setting(text) for text in options.set)
-    except ValueError as error:
-        return fail(str(error))
+    from text3d_fast.app.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(options.quiet))
+        progress.say("loading")  # seconds
+        try:
+            settings = dict(parse_setting(text) for text in options.set)
+            set_threads(options)
+            watchers = [progress]
+            if options.live:
+                from text3d_fast.app.live import LiveView
+
+                watchers.append(stack.enter_context(LiveView(port=options.port, say=progress.say)))
+                progress.say(f"live at {watchers[1].address}")
+
+            def step(number: int, state: Any) -> None:
+                for watcher in watchers:
+                    watcher.step(number, state)
+
+            def report(what: str, done: float) -> None:
+                for watcher in watchers:
+                    watcher.report(what, done)
+
+            pipeline, status = command.make(settings), 0
+            for job in jobs:
+                try:
+                    for watcher in watchers:
+                        watcher.begin(pipeline, job.prompt, options.steps, job.out)
+                    outcome = command.run(pipeline, job, step, report)
+                    for watcher in watchers:
+                        watcher.end(outcome)
+                except EmptyMesh as error:
+                    outcome, status = error, explain(error)
+                if command.finished is not None:
+                    command.finished(job, outcome)
+            if options.live:
+                with contextlib.suppress(KeyboardInterrupt):
+                    watchers[1].wait()
+            return status
+        except Interrupted as stop:
+            what = f"Stopped after step {stop.step}; everything is saved in {job.out}"
+        except KeyboardInterrupt:  # before the first step, or while the mesh is made
+            if not (job.out / CHECKPOINT).is_file():
+                raise
+            what = f"Stopped; the last checkpoint is in {job.out}"
+        except Exception as error:
+            status = explain(error)
+            if status is None:
+                raise
+            return status
+    print(f"\n{what}. To go on:\n  {resume_command(command, options, out)}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def set_threads(options: RunOptions) -> None:
+    """ValueError for a number that cannot be."""
+    if options.threads is None:
+        return
     import torch
 
-    from text3d_fast.app.progress import Progress
-    from text3d_fast.errors import EmptyMesh, Interrupted, OutputError
-
-    out = options.out or default_folder(prompt, options.resume)
-    if options.threads is not None:
-        cores = os.cpu_count() or 1
-        if not 1 <= options.threads <= 4096:
-            return fail(f"--threads: expected 1 to {cores}, the cores of this machine, got {options.threads}")
-        if options.threads > cores and not options.quiet:
-            print(f"--threads {options.threads}: this machine has {cores} cores, so {cores} are used", file=sys.stderr)
-        torch.set_num_threads(min(options.threads, cores))
-    try:
-        pipeline = make(settings)
-        with Progress(pipeline, prompt, options.steps, quiet=options.quiet) as progress:
-            result = run(pipeline, out, progress.step)
-    except Interrupted as stop:
-        print(f"\nStopped after step {stop.step}; everything is saved in {out}. To go on:\n"
-              f"  {resume_command(command, own or [], options, out)}", file=sys.stderr)
-        return INTERRUPTED
-    except KeyboardInterrupt:  # before the first step, or while the mesh is made
-        if not (out / "checkpoint.safetensors").is_file():
-            raise
-        print(f"\nStopped; the last checkpoint is in {out}. To go on:\n"
-              f"  {resume_command(command, own or [], options, out)}", file=sys.stderr)
-        return INTERRUPTED
-    except EmptyMesh as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EMPTY_MESH
-    except (OutputError, ValueError) as error:
-        return fail(str(error))
-    except RuntimeError as error:
-        if type(error) is RuntimeError and "backend" not in str(error) and "out of memory" not in str(error):
-            raise
-        return fail(str(error))
-    if not options.quiet:
-        progress.summary(result)
-    return 0
+    cores = os.cpu_count() or 1
+    if not 1 <= options.threads <= 4096:
+        raise ValueError(f"--threads: expected 1 to {cores}, the cores of this machine, got {options.threads}")
+    if options.threads > cores and not options.quiet:
+        print(f"--threads {options.threads}: this machine has {cores} cores, so {cores} are used", file=sys.stderr)
+    torch.set_num_threads(min(options.threads, cores))
 
 
 def parse_setting(text: str) -> tuple[str, object]:
@@ -104,11 +162,14 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise ValueError(f"--set {name}: cannot read the value {value!r}") from None
 
 
+def slug(text: str) -> str:
+    """A name for a folder: "A red Mug!" is a-red-mug."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60] or "run"
+
+
 def default_folder(prompt: str, resume: bool, root: Path = Path("runs")) -> Path:
     """runs/a-red-mug, or the next free runs/a-red-mug-2; to resume, the newest of them."""
-    import re
-
-    stem = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:60] or "run"
+    stem = slug(prompt)
     number, folder = 1, root / stem
     while folder.exists():
         number, newest = number + 1, folder
@@ -129,7 +190,7 @@ def option_words(options: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
     return words
 
 
-def resume_command(command: list[str], own: list[str], options: RunOptions, out: Path) -> str:
+def resume_command(command: Command, options: RunOptions, out: Path) -> str:
     """The command line that continues this run."""
     shared = option_words(options, ("resume", "out"))
-    return shlex.join(["text3d-fast", *command, "--resume", "--out", str(out), *own, *shared])
+    return shlex.join(["text3d-fast", *command.words, "--resume", "--out", str(out), *command.own, *shared])

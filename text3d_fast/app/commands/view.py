@@ -60,7 +60,6 @@ class View:
         import warnings
 
         from text3d_fast.app import viewer as viewing
-        from text3d_fast.errors import OutputError
         from text3d_fast.geometry import MeshWarning
         from text3d_fast.pipelines.pipeline import choose_device
 
@@ -76,6 +75,6 @@ class View:
                 device = choose_device(self.device)
                 print(viewing.write_view(self.mesh, self.out, settings, self.scene, self.background_image,
                                          device))
-        except (OutputError, ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
             return fail(str(error))
         return 0

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import torch
 from red_ball import TINY, RedBall
 
 from text3d_fast.app import cli
@@ -39,6 +40,8 @@ def test_help_teaches_and_is_fast():
         assert done.returncode == 0, done.stderr
     assert 'Examples:\n  text3d-fast generate "a red mug"\n' in done.stdout
     assert "Ctrl-C saves" in done.stdout and "--resume" in done.stdout and "analytic" in done.stdout
+    lines = " ".join(done.stdout.replace("│", " ").split())
+    assert "a coarse volume, then refines its surface as a textured mesh at higher resolution; prolific" in lines
     assert "torch" not in subprocess.run(
         [sys.executable, "-c", "import sys, text3d_fast.app.cli; print(*sys.modules)"], capture_output=True, text=True
     ).stdout.split()
@@ -188,3 +191,41 @@ def test_absurd_numbers_are_refused(red_ball, tmp_path, capsys, monkeypatch, wor
     monkeypatch.chdir(tmp_path)
     assert cli.main(["generate", "a ball", *words]) == USER_ERROR
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_shell_completion():
+    words = [sys.executable, "-m", "text3d_fast", "--tyro-print-completion", "bash"]
+    script = subprocess.run(words, capture_output=True, text=True).stdout
+    ask = 'COMP_WORDS=(text3d-fast generate --pi); COMP_CWORD=2; _tyro_text3d_fast; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True)
+    assert done.stdout.split()[:1] == ["--pipeline"] and done.stdout.count("\n") == 1
+
+
+def test_doctor_lists_the_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["doctor", "--words"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["objects", "ball"] for line in lines)
+    assert any("mug" in line and "cup, beaker" in line for line in lines) and "a red ball on a blue cube" in lines[-1]
+
+
+def test_mp4(red_ball, tmp_path, monkeypatch, capsys):
+    from text3d_fast.pipelines import pictures
+
+    small = pictures.turntable
+    monkeypatch.setattr(pictures, "turntable", lambda mesh, cameras, frames, size: small(mesh, cameras, 3, 16))
+    words = ["generate", "a ball", "--out", str(tmp_path / "run"), "--mp4", *SMALL]
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    assert cli.main(words) == USER_ERROR and not (tmp_path / "run").exists()
+    assert "pip install 'text3d-fast[video]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("imageio_ffmpeg", reason="the extra `video` is not installed")
+    import imageio.v3
+
+    from text3d_fast.images import write_video
+
+    frames = torch.zeros(5, 17, 16, 3)
+    frames[:, :, :, 0] = 1
+    write_video(tmp_path / "red.mp4", frames, fps=10)
+    seen = imageio.v3.imread(tmp_path / "red.mp4", plugin="FFMPEG")
+    assert seen.shape == (5, 16, 16, 3) and seen[..., 0].min() > 200 and seen[..., 1].max() < 60

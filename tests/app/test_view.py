@@ -82,3 +82,25 @@ def test_serve_listens_on_loopback(tmp_path, monkeypatch):
     command = ["view", str(tmp_path / "a.obj"), "--serve", "--port", "8473"]
     assert cli.main(command) == cli.main([*command, "--host", "0.0.0.0"]) == 130
     assert [(one["host"], one["port"]) for one in asked] == [("127.0.0.1", 8473), ("0.0.0.0", 8473)]
+
+
+def test_views_for_gpteval3d(tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "a.obj").write_text(PLAIN)
+    out = tmp_path / "views"
+    words = ["view", str(tmp_path / "a.obj"), "--export-views", "4", "--elevation", "0", "--size", "32", "--out",
+             str(out)]
+    assert cli.main(words) == 0
+    assert sorted(path.name for path in out.iterdir()) == [f"{kind}_00{n}.png" for kind in ("normal", "rgb")
+                                                          for n in range(4)]
+    color, normal = (np.asarray(Image.open(out / f"{kind}_000.png")).astype(int) for kind in ("rgb", "normal"))
+    assert color.shape == (32, 32, 3) and (color[0, 31] == 255).all() and (normal[0, 31] == 0).all()
+    assert abs(normal[20, 10] - [128, 128, 255]).max() <= 1  # from the front: +Z
+    back = np.asarray(Image.open(out / "normal_002.png")).astype(int)
+    assert abs(back[20, 21] - [128, 128, 0]).max() <= 1  # two-sided: towards the camera
+    assert cli.main(words) == 0  # again: these are views
+    (out / "mine.png").write_text("a picture")
+    assert cli.main(words) == 2 and "holds other files than views (mine.png)" in capsys.readouterr().err
+    assert cli.main([*words[:3], "0", *words[4:]]) == 2
+    assert "export views: expected 1 to 1000" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from red_ball import TINY, RedBall
 from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.geometry import read_mesh
 from text3d_fast.pipelines import DreamFusion, pipeline, results, surface
-from text3d_fast.pipelines.config import DreamFusionConfig
+from text3d_fast.pipelines.config import DreamFusionConfig, Magic3DConfig
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.settings import SETTINGS, names_of, setting_of
 
@@ -80,6 +80,13 @@ def test_a_finished_run_goes_on_to_more_steps_but_not_to_fewer(tmp_path):
     assert longer.metrics["steps"] == 4 and longer.config.steps == 4
     with pytest.raises(CheckpointError, match="not fewer"):
         run(tmp_path / "run", steps=3, resume=True)
+
+
+def test_further_steps_go_to_the_stages_that_are_left():
+    config = Magic3DConfig().updated({"coarse.steps": 60, "fine.steps": 40})
+    assert (config.with_steps(200).coarse.steps, config.with_steps(200).fine.steps) == (120, 80)
+    longer = config.with_steps(200, begun="fine")
+    assert (longer.coarse.steps, longer.fine.steps) == (60, 140)
 
 
 def test_resuming_takes_what_is_harmless_and_refuses_the_rest(tmp_path):

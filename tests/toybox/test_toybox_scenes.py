@@ -194,3 +194,15 @@ def test_dataset_is_resumable_and_reads_back(tmp_path, monkeypatch):
     assert (again * 255 - torch.from_numpy(images.images(np.array([9]))[0])).abs().mean() < 0.6
     with pytest.raises(ValueError, match="another folder"):
         dataset.render_dataset(tmp_path, 12, seed=6, size=16)
+
+
+@pytest.mark.parametrize("word, hint", [
+    ("mugg", "did you mean 'mug'"), ("rde", "did you mean 'red'"), ("bal", "did you mean 'ball'"), ("corgi", ""),
+    ("not", ""), ("horse", ""), ("stone", ""), ("cat", ""), ("two", "there is one object, or one on another"),
+    ("three", "there is one object"),
+])
+def test_only_misspelt_words_get_a_suggestion(word, hint):
+    with pytest.raises(captions.PromptError) as error:
+        captions.canonical(f"a {word} mug")
+    said = str(error.value).splitlines()[0].partition("is not in the vocabulary")[2]
+    assert said.startswith(f"; {hint}") if hint else said == ""

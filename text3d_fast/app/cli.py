@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Annotated, Union
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Annotated, Union, get_args, get_type_hints
 
+import docstring_parser  # tyro needs it too
 import tyro
+from tyro.conf import arg
 
 from text3d_fast.app.commands.bench import Bench
 from text3d_fast.app.commands.doctor import Doctor
@@ -31,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     choices = []
     for name, kind in COMMANDS.items():  # tyro itself would leave out the docstring's examples
+        describe_options(kind)
         about = inspect.getdoc(kind) if arguments[:1] == [name] else inspect.getdoc(kind).partition("\n\n")[0]
         choices.append(Annotated[kind, tyro.conf.subcommand(name, description=about, prefix_name=False)])
     command = tyro.cli(
@@ -43,6 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@cache
+def describe_options(kind: type) -> None:
+    """Give each option its docstring in one line: tyro would keep the line breaks of the source, in --help and in what
+    it writes for shells.
+    """
+    texts = {option.arg_name: option.description for option in docstring_parser.parse_from_object(kind).params}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if "\n" in texts.get(name, ""):
+            kind.__annotations__[name] = Annotated[hint, arg(help=" ".join(texts[name].split()))]
+        if is_dataclass(next(iter(get_args(hint)), None)):
+            describe_options(get_args(hint)[0])
 
 
 if __name__ == "__main__":

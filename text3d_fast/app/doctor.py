@@ -33,6 +33,23 @@ def doctor(model: str | None) -> int:
     return 0 if model is None else describe(model, console)
 
 
+def words() -> int:
+    """Print the vocabulary of the built-in models, with what else they understand. Returns the exit status."""
+    from text3d_fast.toybox import captions
+
+    also: dict[str, list[str]] = {}
+    for other, word in captions.SYNONYMS.items():
+        also.setdefault(word, []).append(other)
+    table = Table("", "word", "also understood as it", title="what the built-in models know", box=None)
+    for kind, known in captions.vocabulary_table().items():
+        for number, word in enumerate(known):
+            table.add_row("" if number else kind, word, ", ".join(also.get(word, [])), end_section=word == known[-1])
+    console = Console()
+    console.print(table)
+    console.print(captions.TWO_OBJECTS, highlight=False)
+    return 0
+
+
 def gpu() -> str:
     """The CUDA device's name, or why there is none."""
     if torch.cuda.is_available():

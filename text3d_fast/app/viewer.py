@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from text3d_fast.app.page import address_of, check_address, close_page, open_page
+from text3d_fast.errors import OutputError
 from text3d_fast.geometry import Mesh, glb_bytes, read_mesh
 from text3d_fast.images import read_image, write_png
 from text3d_fast.scene.cameras import Cameras
@@ -19,6 +23,7 @@ from text3d_fast.scene.lights import Lights
 from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes
 
 FOV = math.radians(40.0)
+VIEW_NAME = r"(rgb|normal)_\d{3}\.png"  # of `export_views`
 
 
 @dataclass
@@ -82,11 +87,11 @@ def read_background(path: str | Path, size: int) -> Tensor:
 @torch.no_grad()
 def view(
     mesh: Mesh, settings: ViewSettings, scene: Mesh | None = None, background: Tensor | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", mode: str = "lambertian",
 ) -> MeshRendering:
     """Render `mesh`, and `scene` around it in its own coordinates, with common depth and light.
 
-    background: [1, size, size, 3] instead of settings.background.
+    background: [1, size, size, 3] instead of settings.background. mode: as of `render_meshes`.
     """
     settings = settings.checked()
     center, radius = bounding_ball(mesh)
@@ -99,7 +104,7 @@ def view(
     lights = Lights(far_away, *(torch.tensor([c], device=device) for c in (settings.light_color, settings.ambient)))
     if background is None:
         background = torch.tensor([settings.background])
-    return render_meshes(meshes, cameras, background.to(device), lights, two_sided=True)
+    return render_meshes(meshes, cameras, background.to(device), lights, mode, two_sided=True)
 
 
 def write_view(
@@ -114,6 +119,39 @@ def write_view(
     rendering = view(mesh, settings, scene, background, device)
     write_png(out, rendering.color[0])
     return Path(out)
+
+
+def export_views(
+    mesh_path: str | Path, folder: str | Path, count: int, settings: ViewSettings, device: torch.device | str = "cpu",
+    report: Callable[[int], Any] | None = None,
+) -> Path:
+    """`count` views once around, from the front: rgb_000.png and normal_000.png (world normals n / 2 + 1 / 2, before
+    black), and so on, as GPTEval3D takes them; the light turns with the camera. report: called with how many are done.
+
+    Raises ValueError for a folder that holds anything else, OutputError if it cannot be written.
+    """
+    if not 1 <= count <= 1000:
+        raise ValueError(f"export views: expected 1 to 1000, got {count}")
+    folder, settings = Path(folder), settings.checked()
+    mesh = read_mesh(mesh_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(entry.name for entry in folder.iterdir() if not re.fullmatch(VIEW_NAME, entry.name))
+    except OSError as error:
+        raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
+    if others:
+        raise ValueError(f"{folder} holds other files than views ({', '.join(others[:3])}): choose another folder with "
+                         f"--out")
+    for number in range(count):
+        azimuth, (x, y, z) = 2 * math.pi * number / count, settings.light
+        light = (x * math.cos(azimuth) + z * math.sin(azimuth), y, z * math.cos(azimuth) - x * math.sin(azimuth))
+        placed = dataclasses.replace(settings, azimuth=math.degrees(azimuth), light=light)
+        write_png(folder / f"rgb_{number:03}.png", view(mesh, placed, device=device).color[0])
+        placed.background = (0.0, 0.0, 0.0)
+        write_png(folder / f"normal_{number:03}.png", view(mesh, placed, device=device, mode="normals").color[0])
+        if report is not None:
+            report(number + 1)
+    return folder
 
 
 def serve(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, An
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote. Raises CheckpointError if there is nothing, or it is not that."""
+    with _opened(path) as (file, about):
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+
+
+def load_about(path: str | Path) -> dict[str, Any]:
+    """The description alone, without the tensors; raises as `load_state`."""
+    with _opened(path) as (_, about):
+        return about
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -41,8 +55,13 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is not a checkpoint of this version (format {metadata.get('format')})")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
+            about = json.loads(metadata["about"])
+            if not isinstance(about, dict):
+                raise ValueError("no description")
+            yield file, about
     except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} is damaged ({error}); delete it and start again") from error
 
 

@@ -245,14 +245,19 @@ class RunConfig:
         """The settings of a stage: a group of that name, or, in a pipeline of one stage, these."""
         return getattr(self, name, self)
 
-    def with_steps(self, steps: int) -> Self:
-        """A copy that takes `steps` steps in all, divided among the stages in proportion."""
+    def with_steps(self, steps: int, begun: str | None = None) -> Self:
+        """A copy that takes `steps` steps in all, divided among the stages in proportion.
+
+        begun: the stage that a run is in; those before it have taken theirs, so the change is divided among the rest
+        """
         stages = [entry.name for entry in dataclasses.fields(self) if hasattr(getattr(self, entry.name), "steps")]
         if not stages:
             return self.updated({"steps": steps})
-        total = sum(getattr(self, name).steps for name in stages)
-        return self.updated({f"{name}.steps": max(1, round(steps * getattr(self, name).steps / total))
-                             for name in stages})
+        free = stages[stages.index(begun):] if begun in stages else stages
+        fixed = sum(getattr(self, name).steps for name in stages if name not in free)
+        total = sum(getattr(self, name).steps for name in free)
+        return self.updated({f"{name}.steps": max(1, round((steps - fixed) * getattr(self, name).steps / total))
+                             for name in free})
 
     def total_steps(self) -> int:
         """Of all stages."""

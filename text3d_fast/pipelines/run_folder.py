@@ -17,7 +17,7 @@ from torch import Tensor
 from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.files import write_text
 from text3d_fast.images import write_png
-from text3d_fast.pipelines.checkpoint import load_state, save_state
+from text3d_fast.pipelines.checkpoint import load_about, load_state, save_state
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.settings import value_of
 from text3d_fast.pipelines.stage import Stage
@@ -151,7 +151,7 @@ class RunFolder:
             if asked.total_steps() < saved.total_steps():
                 raise CheckpointError(f"{self.path} holds a run with steps = {saved.total_steps()}, more than "
                                       f"{asked.total_steps()}; it can go on to more, not fewer")
-            saved = saved.with_steps(asked.total_steps())
+            saved = saved.with_steps(asked.total_steps(), load_about(self / CHECKPOINT).get("stage"))
         return saved
 
     def saved_config(self, kind: type[Config]) -> Config:

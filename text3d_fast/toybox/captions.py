@@ -63,20 +63,24 @@ _STYLE_PHRASES = (
 )
 
 
+_BASES = ", ".join(name for name, kind in CLASSES.items() if kind.base)
+TWO_OBJECTS = f'two objects: "a red ball on a blue cube" (the lower one a {_BASES})'
+_NUMBERS = frozenset(("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "many", "several"))
+
+
 class PromptError(ValueError):
     """A prompt that Toybox has no words for."""
 
 
+def vocabulary_table() -> dict[str, list[str]]:
+    """What can be said, by kind of word."""
+    return {"objects": list(CLASSES), "colours": list(COLORS), "patterns": list(PATTERNS), "sizes": list(SIZES),
+            "views": [f"{view} view" for view in VIEWS], "styles": ["textureless", "normal map"]}
+
+
 def vocabulary() -> str:
-    """What can be said, in a few lines, for error messages and help."""
-    bases = ", ".join(name for name, kind in CLASSES.items() if kind.base)
-    return (
-        f"objects: {', '.join(CLASSES)}\n"
-        f"colours: {', '.join(COLORS)}\n"
-        f"patterns: {', '.join(PATTERNS)}   sizes: {', '.join(SIZES)}\n"
-        f'two objects: "a red ball on a blue cube" (the lower one a {bases})\n'
-        f"views: {', '.join(f'{view} view' for view in VIEWS)}   styles: textureless, normal map"
-    )
+    """The same in a few lines, for error messages."""
+    return "\n".join(f"{kind}: {', '.join(known)}" for kind, known in vocabulary_table().items()) + f"\n{TWO_OBJECTS}"
 
 
 def words() -> tuple[str, ...]:
@@ -119,15 +123,31 @@ def _thing(text: str, prompt: str) -> Thing:
         meaning = SYNONYMS.get(word, word)
         role = next((name for name, members in roles if meaning in members), None)
         if role is None:
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PromptError(f"prompt {prompt!r}: the word {word!r} is not in the vocabulary{hint}\n{vocabulary()}")
+            raise PromptError(f"prompt {prompt!r}: the word {word!r} is not in the vocabulary{_hint(word, known)}\n"
+                              f"{vocabulary()}")
         if slots[role] not in (None, meaning):
             raise PromptError(f"prompt {prompt!r}: {slots[role]!r} and {meaning!r} cannot both hold\n{vocabulary()}")
         slots[role] = meaning
     if slots["kind"] is None:
         raise PromptError(f"prompt {prompt!r}: no object is named\n{vocabulary()}")
     return Thing(slots["kind"], slots["color"] or DEFAULT_COLORS[slots["kind"]], slots["pattern"], slots["size"])
+
+
+def _hint(word: str, known: list[str]) -> str:
+    """The known word that one letter too many, too few or out of place has become; a word of another meaning that
+    happens to look alike (corgi and orange, horse and house) is no help.
+    """
+    if word in _NUMBERS:
+        return "; there is one object, or one on another"
+    for near in difflib.get_close_matches(word, known, n=3, cutoff=0.66):
+        if sorted(word) == sorted(near) or _within(*sorted((word, near), key=len)):
+            return f"; did you mean {near!r}?"
+    return ""
+
+
+def _within(short: str, long: str) -> bool:
+    """Whether `short` is `long` without one letter."""
+    return any(long[:place] + long[place + 1:] == short for place in range(len(long)))
 
 
 def parse(prompt: str) -> Description:

@@ -14,8 +14,10 @@ class Doctor:
 
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """Also describe this model: what it predicts, shapes, memory, licence. Nothing is loaded."""
+    words: bool = False
+    """Only list the words that the built-in models know."""
 
     def __call__(self) -> int:
         from text3d_fast.app import doctor as report
 
-        return report.doctor(self.model)
+        return report.words() if self.words else report.doctor(self.model)

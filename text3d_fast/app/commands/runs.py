@@ -26,8 +26,8 @@ class RunOptions:
     """Where the result goes and how it is made."""
 
     steps: Annotated[int | None, arg(metavar="N")] = None
-    """Steps of optimization; the default depends on the model, and of edit is 30 % of the result's. With --resume, more
-    than were planned go on beyond them."""
+    """Steps of optimization; the default depends on the model, and of edit is the most that it may take. With --resume,
+    more than were planned go on beyond them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -39,6 +39,8 @@ class RunOptions:
     machine reaches the page, which stays until it is closed."""
     port: int = 8080
     """Where --live listens, or the next free one."""
+    mp4: bool = False
+    """Write turntable.mp4, too: 72 views of 512 pixels (needs the extra `video`)."""
     threads: Annotated[int | None, arg(metavar="N")] = None
     """CPU threads; by default what torch chooses."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
@@ -89,6 +91,8 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
         try:
             settings = dict(parse_setting(text) for text in options.set)
             set_threads(options)
+            if options.mp4:
+                check_video()
             watchers = [progress]
             if options.live:
                 from text3d_fast.app.live import LiveView
@@ -110,6 +114,8 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                     for watcher in watchers:
                         watcher.begin(pipeline, job.prompt, options.steps, job.out)
                     outcome = command.run(pipeline, job, step, report)
+                    if options.mp4:
+                        write_turntables(outcome, job.out)
                     for watcher in watchers:
                         watcher.end(outcome)
                 except EmptyMesh as error:
@@ -133,6 +139,23 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
             return status
     print(f"\n{what}. To go on:\n  {resume_command(command, options, out)}", file=sys.stderr)
     return INTERRUPTED
+
+
+def check_video() -> None:
+    """ImportError if a video could not be written: said before the first step."""
+    from text3d_fast.images import video_writer
+
+    video_writer()
+
+
+def write_turntables(result: Any, out: Path) -> None:
+    """turntable.mp4, of further particles turntable-2.mp4 and so on. OutputError if they cannot be written."""
+    from text3d_fast.images import write_video
+    from text3d_fast.pipelines.pictures import turntable
+
+    for number, mesh in enumerate(result.meshes, 1):
+        frames = turntable(mesh, result.stage.config.cameras, 72, 512)
+        write_video(out / f"turntable{'' if number == 1 else f'-{number}'}.mp4", frames)
 
 
 def set_threads(options: RunOptions) -> None:

@@ -21,13 +21,17 @@ class View:
       text3d-fast view runs/a-red-mug/mesh.glb --out mug.png
       text3d-fast view mug.glb --out mug.png --light -1 1 0 --light-color 1 0.7 0.4 --ambient 0.1 0.1 0.2
       text3d-fast view mug.glb --scene room.glb --azimuth 60
+      text3d-fast view mug.glb --export-views 120 --elevation 15 --out data/ours/0/0
       text3d-fast view mug.glb --serve
     """
 
     mesh: Positional[Annotated[Path, arg(metavar="MESH")]]
     """A .glb, .gltf, .obj, .ply or .stl."""
-    out: Annotated[Path, arg(metavar="PNG")] = Path("view.png")
-    """The picture to write."""
+    out: Annotated[Path | None, arg(metavar="PATH")] = None
+    """The picture to write, by default view.png; of --export-views the folder, by default views."""
+    export_views: Annotated[int | None, arg(metavar="N")] = None
+    """Write a folder of N views once around, from the front, instead: rgb_000.png, normal_000.png and so on, the layout
+    of GPTEval3D, which wants 120."""
     azimuth: float = 30.0
     """Degrees around the mesh: 0 its front (+Z), 90 its left side."""
     elevation: float = 20.0
@@ -73,8 +77,11 @@ class View:
                     viewing.serve(self.mesh, self.scene, self.port, self.host)
                     return 0
                 device = choose_device(self.device)
-                print(viewing.write_view(self.mesh, self.out, settings, self.scene, self.background_image,
-                                         device))
+                if self.export_views is not None:
+                    print(viewing.export_views(self.mesh, self.out or "views", self.export_views, settings, device))
+                    return 0
+                out = self.out or Path("view.png")
+                print(viewing.write_view(self.mesh, out, settings, self.scene, self.background_image, device))
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             return fail(str(error))
         return 0

@@ -14,6 +14,7 @@ def main() -> int:
         print(f"error: the command line needs {', '.join(missing)}: pip install 'text3d-fast[generate]' "
               f"(from a clone: pip install '.[generate]')", file=sys.stderr)
         return 2
-    from text3d_fast.app import cli
+    from text3d_fast.app import cli, memory
 
+    memory.keep_freed_memory()
     return cli.main()

@@ -1,7 +1,7 @@
 """Meshes: extraction from fields, cleaning, UV atlas, texture baking, GLB, OBJ, PLY and STL files."""
 
 from text3d_fast.geometry.atlas import tangents, unwrap
-from text3d_fast.geometry.bake import bake_normals, bake_texture
+from text3d_fast.geometry.bake import bake_normals, bake_texture, nearest_normals
 from text3d_fast.geometry.clean import CleaningReport, Dropped, clean_mesh
 from text3d_fast.geometry.decimate import decimate
 from text3d_fast.geometry.extract import automatic_threshold, averaged_density, extract_mesh, sample_colors
@@ -23,6 +23,7 @@ __all__ = [
     "decimate",
     "extract_mesh",
     "glb_bytes",
+    "nearest_normals",
     "read_mesh",
     "sample_colors",
     "tangents",

@@ -55,6 +55,26 @@ def bake_normals(
     return dataclasses.replace(mesh, normal_map=_painted(0.5 + 0.5 * local, filled, texture_size, dilate))
 
 
+def nearest_normals(mesh: Mesh, count: int = 3) -> Callable[[torch.Tensor], torch.Tensor]:
+    """For `bake_normals`: the smooth normal of a fine mesh beside any point, points [N, 3] -> normals [N, 3].
+
+    The mean of those of the `count` nearest vertices, weighted by the inverse of their squared distances.
+    """
+    from scipy.spatial import cKDTree
+
+    fine = mesh if mesh.normals is not None else mesh.with_normals()
+    tree, normals = cKDTree(fine.vertices.detach().cpu().numpy()), fine.normals.detach()
+    count = min(count, len(fine.vertices))
+
+    def normal(points: torch.Tensor) -> torch.Tensor:
+        distance, vertex = tree.query(points.detach().cpu().numpy(), k=range(1, count + 1), workers=-1)
+        weight = torch.from_numpy(distance).square().clamp(min=1e-30).reciprocal()
+        weight = (weight / weight.sum(1, keepdim=True)).to(normals)
+        return (normals[torch.from_numpy(vertex).to(normals.device)] * weight[..., None]).sum(1)
+
+    return normal
+
+
 def _rasterized(mesh: Mesh, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """rast [1, size, size, 4] of the atlas, v upwards as `ops.rasterize` has it, and the texels [N] whose centres lie
     in a triangle, as row * size + column."""

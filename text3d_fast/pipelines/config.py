@@ -221,8 +221,9 @@ class MeshConfig:
 class RunConfig:
     """What every run has, whatever its pipeline. Everything that decides the result, besides the machine, is in it.
 
-    mesh_resolution, texture   of the exported mesh: the extraction grid (a multiple of 4), and the texels of the
-                 texture's side; 0 exports vertex colours
+    mesh_resolution, faces, texture   of the exported mesh: the extraction grid (a multiple of 4), at most so many
+                 triangles (0: all of them), and the texels of the texture's side (0: vertex colours). Fewer faces
+                 with a texture bring a normal map that shows what they lack
     threads      CPU threads the run was made with; another number changes the last bits
     """
 
@@ -233,6 +234,7 @@ class RunConfig:
     checkpoint_every: int = 250
     preview_every: int = 100
     mesh_resolution: int = 128
+    faces: int = 0
     texture: int = 0
     threads: int | None = None
 
@@ -240,6 +242,8 @@ class RunConfig:
         require_positive(self, "checkpoint_every", "preview_every", "mesh_resolution")
         if self.mesh_resolution % 4:  # found out now, not after all steps
             raise ValueError(f"mesh_resolution: expected a multiple of 4, got {self.mesh_resolution}")
+        if self.faces != 0 and self.faces < 4:
+            raise ValueError(f"faces: expected 0 for all of them, or at least 4, got {self.faces}")
 
     def stage(self, name: str) -> Any:
         """The settings of a stage: a group of that name, or, in a pipeline of one stage, these."""

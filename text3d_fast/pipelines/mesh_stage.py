@@ -16,7 +16,7 @@ from text3d_fast.nn import DeformableTetGrid
 from text3d_fast.pipelines.config import MeshConfig
 from text3d_fast.pipelines.pictures import mesh_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
-from text3d_fast.pipelines.surface import choose_threshold, colored
+from text3d_fast.pipelines.surface import asset, choose_threshold
 from text3d_fast.pipelines.volume_stage import VolumeStage, distillation_step, sample_cameras, score_distillation
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
@@ -160,7 +160,8 @@ class MeshStage(Stage):
             warnings.append(f"the surface vanished {int(self.kept.count)} times, last at step {int(self.kept.last)}; "
                             f"each time the last copy of it was taken and went on at half the rate")
         if len(mesh.faces):
-            mesh = colored(mesh, self.scene.color, self.run.texture)
+            mesh = asset(mesh, self.scene.color, self.run.faces, self.run.texture)
+            figures |= {"vertices": len(mesh.vertices), "faces": len(mesh.faces)}
             low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
             figures["size"] = [round(value, 3) for value in (high - low).tolist()]
         return [Extraction(mesh, figures, warnings)]

@@ -26,7 +26,7 @@ CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
 LOCK = ".lock"
 # Settings that may change when a run goes on: they do not touch the optimization
-CHANGEABLE = ("mesh_resolution", "texture", "checkpoint_every", "preview_every", "threads")
+CHANGEABLE = ("mesh_resolution", "faces", "texture", "checkpoint_every", "preview_every", "threads")
 # `files.atomic_path` names of files that were not finished
 _LEFTOVER = re.compile(r"\.(mesh|turntable|views|preview|result|config|checkpoint)[\w-]*\.\w{8}\.\w+")
 Config = TypeVar("Config", bound=RunConfig)

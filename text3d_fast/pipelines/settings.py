@@ -32,6 +32,7 @@ SETTINGS: dict[str, Setting] = {
     "checkpoint_every": _s(1, 10**7, "steps between checkpoints"),
     "preview_every": _s(1, 10**7, "steps between preview pictures"),
     "mesh_resolution": _s(4, 512, "of the exported mesh's grid; a multiple of 4"),
+    "faces": _s(0, 10_000_000, "triangles of the exported mesh at most; 0: all"),
     "texture": _s(0, 8192, "texels along a side of the exported texture; 0: vertex colours"),
     "threads": _s(1, 4096, "CPU threads; another number changes the last bits"),
     "view_sectors": _s(0, 180, "degrees, half-widths of the front and of the back view"),

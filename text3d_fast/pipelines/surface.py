@@ -21,11 +21,12 @@ FLOATERS = 0.01
 
 @torch.no_grad()
 def volume_surface(
-    renderer: VolumeRenderer, field: RadianceField, cameras: CameraDistribution, resolution: int, texture: int
+    renderer: VolumeRenderer, field: RadianceField, cameras: CameraDistribution, resolution: int, texture: int,
+    faces: int = 0,
 ) -> Extraction:
     """The cleaned, coloured mesh of a volume, figures about it, and warnings.
 
-    resolution of the extraction grid, texels of the texture's side (0: vertex colours). The level is the one whose
+    resolution of the extraction grid; texture and faces as `asset` has them. The level is the one whose
     silhouettes are the volume's.
     """
     device = renderer.occupancy.aabb.device
@@ -54,17 +55,27 @@ def volume_surface(
         "cavities_removed": len(report.dropped) - len(floaters),
     }
     if len(mesh.faces):
-        mesh = colored(mesh, lambda points: field(points).albedo, texture)
+        mesh = asset(mesh, lambda points: field(points).albedo, faces, texture)
+        figures |= {"vertices": len(mesh.vertices), "faces": len(mesh.faces)}
         low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
         figures["size"] = [round(value, 3) for value in (high - low).tolist()]
     return Extraction(mesh, figures | {"fog": round(fog, 4)}, warnings)
 
 
-def colored(mesh: geometry.Mesh, albedo: Callable[[Tensor], Tensor], texture: int) -> geometry.Mesh:
-    """The mesh with the colours of a field, points [N, 3] -> [N, 3]: in a texture of that side, or at the vertices."""
+def asset(mesh: geometry.Mesh, albedo: Callable[[Tensor], Tensor], faces: int, texture: int) -> geometry.Mesh:
+    """The mesh as it is exported, with the colours of a field, points [N, 3] -> [N, 3].
+
+    faces: at most so many, 0 for all. texture: texels of the side of a texture; fewer faces get a normal map of that
+    side too, with the normals of the mesh as it was. 0: vertex colours.
+    """
+    whole = mesh
+    if faces:
+        mesh = geometry.decimate(mesh, faces)
     mesh.colors = geometry.sample_colors(albedo, mesh.vertices)
     if texture:
         mesh = geometry.bake_texture(geometry.unwrap(mesh, texture), albedo, texture)
+        if len(mesh.faces) < len(whole.faces):
+            mesh = geometry.bake_normals(mesh, geometry.nearest_normals(whole), texture)
     return mesh
 
 

@@ -129,7 +129,8 @@ class VolumeStage(Stage):
 
     def extract(self) -> list[Extraction]:
         run = self.run
-        return [volume_surface(self.renderer, self.field, self.config.cameras, run.mesh_resolution, run.texture)]
+        return [volume_surface(self.renderer, self.field, self.config.cameras, run.mesh_resolution, run.texture,
+                               run.faces)]
 
 
 def make_field(config: FieldConfig, generator: torch.Generator) -> RadianceField:

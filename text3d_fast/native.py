@@ -33,6 +33,9 @@ def reason_against(device_type: str) -> str | None:
     return None
 
 
+_NUMBERS = (int, float, bool)
+
+
 def runs_cuda_source(device: torch.device) -> bool:
     """Do calls on this device run the .cu sources (on a GPU, or emulated)? They may need other scratch."""
     return device.type == "cuda" or _EMULATE
@@ -79,7 +82,7 @@ def call(name: str, *fields: torch.Tensor | Sequence[float] | float | bool | Non
                 raise RuntimeError(f"{name}: a tensor of shape {tuple(field.shape)} is not {ALIGNMENT}-byte aligned")
             return field.data_ptr()
         if isinstance(field, (list, tuple)):
-            return [flatten(f) for f in field]
+            return field if field and type(field[0]) in _NUMBERS else [flatten(f) for f in field]
         return 0 if field is None else field
 
     flat = [flatten(field) for field in fields]

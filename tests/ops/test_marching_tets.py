@@ -288,3 +288,14 @@ def test_every_instruction_set_agrees(isa, tmp_path):
     )
     environment = {**os.environ, "TEXT3D_CPU_ISA": isa}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def test_a_grid_on_meta_says_what_it_cannot_find():
+    made = ops.TetGrid.kuhn(4)
+    assert made.edges.shape == made.to("meta").edges.shape  # known by then
+    assert ops.TetGrid.kuhn(4, device="meta").tets.shape == made.tets.shape
+    given = ops.TetGrid.from_tets(torch.rand(5, 3, device="meta"), torch.zeros(2, 4, dtype=torch.int32, device="meta"))
+    for grid in (given, ops.TetGrid.kuhn(4, device="meta")):
+        for name in ("edges", "incidence"):
+            with pytest.raises(ValueError, match="grid: its .* are found from values"):
+                getattr(grid, name)

@@ -87,7 +87,7 @@ class TetGrid:
         require_tensor("positions", positions, ("vertices", 3))
         require_tensor("tets", tets, ("tets", 4), torch.int32, torch.int64)
         require_same_device(positions=positions, tets=tets)
-        if tets.numel() and (int(tets.min()) < 0 or int(tets.max()) >= positions.shape[0]):
+        if tets.numel() and tets.device.type != "meta" and (int(tets.min()) < 0 or int(tets.max()) >= positions.shape[0]):
             raise ValueError(f"tets: expected indices in [0, {positions.shape[0]}), got {int(tets.min())} to "
                              f"{int(tets.max())}")
         return cls("tets", positions.detach().float(), None, tets.int().contiguous())
@@ -113,6 +113,9 @@ class TetGrid:
     def _get(self, *names: str) -> tuple[torch.Tensor, ...]:
         """Connectivity by name, made when first asked for. (cached_property takes locks that torch.compile refuses.)"""
         if any(name not in self._known for name in names):
+            if self.device.type == "meta" and names != ("tets",):
+                raise ValueError(f"grid: its {names[0]} are found from values, which a grid on meta does not have; ask "
+                                 "for them on another device first, then .to('meta')")
             self._known.update(_MAKERS[names[0]](self))
         return tuple(self._known[name] for name in names)
 
@@ -176,22 +179,6 @@ def _make_kuhn_edges(grid: TetGrid) -> dict[str, torch.Tensor]:
     steps = torch.tensor([sum(c * s for c, s in zip(corner, strides)) for corner in corners], dtype=torch.int32,
                          device=grid.device)
     return {"edges": torch.stack([low, low + steps[corner.long()]], -1)}
-
-
-def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int]) -> torch.Tensor:
-    """As `TetGrid.crossing_edges`, by comparing the lattice with itself one step on: no list of all edges."""
-    size = [n + 1 for n in resolution]
-    found = []
-    for rank, corner in enumerate(list(itertools.product((0, 1), repeat=3))[1:]):
-        step = (corner[0] * size[1] + corner[1]) * size[2] + corner[2]
-        low = (inside[:-step] != inside[step:]).nonzero()[:, 0]
-        place = (low // (size[1] * size[2]), low // size[2] % size[1], low % size[2])
-        # neighbours that wrap round into the next row are none
-        exists = torch.stack([at + along < n for at, along, n in zip(place, corner, size)]).all(0)
-        low = low[exists]
-        found.append(torch.stack([low, low + step, low * 7 + rank], -1))
-    edges = torch.cat(found)
-    return edges[edges[:, 2].argsort(), :2].int()
 
 
 def _kuhn_crossing_edges(inside: torch.Tensor, resolution: tuple[int, int, int]) -> torch.Tensor:

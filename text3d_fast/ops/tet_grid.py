@@ -114,8 +114,8 @@ class TetGrid:
         """Connectivity by name, made when first asked for. (cached_property takes locks that torch.compile refuses.)"""
         if any(name not in self._known for name in names):
             if self.device.type == "meta" and names != ("tets",):
-                raise ValueError(f"grid: its {names[0]} are found from values, which a grid on meta does not have; ask "
-                                 "for them on another device first, then .to('meta')")
+                raise ValueError(f"tets: expected values to find the grid's {names[0]} from, got tensors on meta; ask for "
+                                 "them on another device first, then .to('meta')")
             self._known.update(_MAKERS[names[0]](self))
         return tuple(self._known[name] for name in names)
 

@@ -335,8 +335,10 @@ class Magic3DConfig(RunConfig):
 
     pipeline: str = "magic3d"
     fine_model: str = ""
+    faces: int = 20_000
+    texture: int = 1024
     coarse: CoarseConfig = dataclasses.field(default_factory=CoarseConfig)
-    fine: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    fine: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(steps=1000))
 
 
 @dataclass(kw_only=True)

@@ -87,7 +87,8 @@ class TetGrid:
         require_tensor("positions", positions, ("vertices", 3))
         require_tensor("tets", tets, ("tets", 4), torch.int32, torch.int64)
         require_same_device(positions=positions, tets=tets)
-        if tets.numel() and tets.device.type != "meta" and (int(tets.min()) < 0 or int(tets.max()) >= positions.shape[0]):
+        known = tets.numel() > 0 and tets.device.type != "meta"
+        if known and (int(tets.min()) < 0 or int(tets.max()) >= positions.shape[0]):
             raise ValueError(f"tets: expected indices in [0, {positions.shape[0]}), got {int(tets.min())} to "
                              f"{int(tets.max())}")
         return cls("tets", positions.detach().float(), None, tets.int().contiguous())
@@ -114,8 +115,8 @@ class TetGrid:
         """Connectivity by name, made when first asked for. (cached_property takes locks that torch.compile refuses.)"""
         if any(name not in self._known for name in names):
             if self.device.type == "meta" and names != ("tets",):
-                raise ValueError(f"tets: expected values to find the grid's {names[0]} from, got tensors on meta; ask for "
-                                 "them on another device first, then .to('meta')")
+                raise ValueError(f"tets: expected values to find the grid's {names[0]} from, got tensors on meta; ask "
+                                 "for them on another device first, then .to('meta')")
             self._known.update(_MAKERS[names[0]](self))
         return tuple(self._known[name] for name in names)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -69,7 +71,61 @@ def save_model(
     }
     if latent:
         components["vae"] = ["diffusers", "AutoencoderKL"]
-    import json
-
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **components}))
     return folder
+
+
+LAYERS = 1  # of the small model's blocks
+
+
+def unet_key(key: str) -> str:
+    """The original name of a U-Net weight (the inverse of what diffusers does when it converts)."""
+    fixed = {"class_embedding.linear_1": "camera_embed.0", "class_embedding.linear_2": "camera_embed.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    for new, old in fixed.items():
+        if key.startswith(new + "."):
+            return old + key[len(new):]
+    group, block, kind, layer, rest = re.fullmatch(
+        r"(down_blocks|up_blocks|mid_block)\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key
+    ).groups()
+    first, layer = int(block or 0) * (LAYERS + 1), int(layer)
+    if kind == "downsamplers":
+        return f"input_blocks.{1 + first + LAYERS}.0.op.{rest.removeprefix('conv.')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + LAYERS}.1.{rest}"  # blocks with attention have it as 2; none here
+    if kind == "resnets":
+        for new, old in (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"),
+                         ("conv2", "out_layers.3"), ("time_emb_proj", "emb_layers.1"),
+                         ("conv_shortcut", "skip_connection")):
+            rest = rest.replace(new, old)
+    slot = 0 if kind == "resnets" else 1
+    if group == "mid_block":
+        return f"middle_block.{2 * layer if slot == 0 else 1}.{rest}"
+    name, offset = ("input_blocks", 1) if group == "down_blocks" else ("output_blocks", 0)
+    return f"{name}.{offset + first + layer}.{slot}.{rest}"
+
+
+def vae_key(key: str, blocks: int = 2) -> str:
+    key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{blocks - 1 - int(found[1])}", key)
+    key = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", key)
+    for new, old in (("down_blocks", "down"), ("resnets", "block"), ("downsamplers.0", "downsample"),
+                     ("upsamplers.0", "upsample"), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+                     ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"),
+                     ("to_v", "v"), ("to_out.0", "proj_out")):
+        key = key.replace(new, old)
+    return key
+
+
+def save_single_file(folder: Path, path: Path) -> None:
+    """The weights of a folder by `save_model` with linear projections, under the original names."""
+    import safetensors.torch
+
+    read = {name: safetensors.torch.load_file(next((folder / name).glob("*.safetensors")))
+            for name in ("unet", "vae", "text_encoder")}
+    whole = {f"model.diffusion_model.{unet_key(key)}": value for key, value in read["unet"].items()}
+    whole |= {f"first_stage_model.{vae_key(key)}": value for key, value in read["vae"].items()}
+    whole |= {f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": value
+              for key, value in read["text_encoder"].items()}
+    assert len(whole) == sum(len(part) for part in read.values())
+    safetensors.torch.save_file(whole, path)

@@ -25,3 +25,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, step: int):
         super().__init__(f"interrupted after step {step}")
         self.step = step
+
+
+class ModelWarning(UserWarning):
+    """Something about a model, or about what was asked of it, that will make results worse."""

@@ -18,7 +18,7 @@ SMALL = ["--set", *(f"{name}={list(value) if isinstance(value, tuple) else value
 
 @pytest.fixture(autouse=True)
 def red_ball(monkeypatch):
-    monkeypatch.setattr(pipeline, "load_prior", lambda model, device: RedBall())
+    monkeypatch.setattr(pipeline, "load_prior", lambda model, device, options: RedBall())
     monkeypatch.setattr(surface, "choose_threshold", lambda *_: ("auto", 1.0))
     monkeypatch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
     monkeypatch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))

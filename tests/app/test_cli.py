@@ -21,7 +21,7 @@ def red_ball(monkeypatch):
     """`generate` with a prior that costs nothing."""
     from text3d_fast.pipelines import pictures, pipeline, results, surface
 
-    monkeypatch.setattr(pipeline, "load_prior", lambda model, device: RedBall())
+    monkeypatch.setattr(pipeline, "load_prior", lambda model, device, options: RedBall())
 
     def choose(renderer, field, cameras, density):
         return (None, 0.0) if field.sharpness < 1e-3 else ("auto", 1.0)
@@ -151,7 +151,7 @@ def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
     from text3d_fast.pipelines import magic3d, mesh_stage
 
     asked = []
-    monkeypatch.setattr(magic3d, "load_prior", lambda model, device: asked.append(model) or RedBall())
+    monkeypatch.setattr(magic3d, "load_prior", lambda model, device, options: asked.append(model) or RedBall())
     monkeypatch.setattr(mesh_stage, "choose_threshold", lambda *_: ("auto", 1.0))
     run = ("mesh_resolution", "preview_every", "checkpoint_every")
     small = [text if text.startswith(run) else f"coarse.{text}" for text in SMALL[1:]]

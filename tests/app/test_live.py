@@ -164,7 +164,7 @@ def test_the_command(page, tmp_path, monkeypatch, capsys):
     from text3d_fast.pipelines import pipeline
 
     view, visitor = page
-    monkeypatch.setattr(pipeline, "load_prior", lambda model, device: RedBall())
+    monkeypatch.setattr(pipeline, "load_prior", lambda model, device, options: RedBall())
     monkeypatch.setattr(live, "LiveView", lambda **options: view)
     monkeypatch.setattr(view, "close", lambda: None)
     monkeypatch.setattr(view, "wait", lambda: view.stop())

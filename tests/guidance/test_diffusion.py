@@ -403,7 +403,8 @@ def test_hub_ids_fetch_only_what_is_needed(folders, monkeypatch):
 
     names = ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin",
              "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-             "vae/diffusion_pytorch_model.safetensors", "safety_checker/model.safetensors"]
+             "vae/diffusion_pytorch_model.safetensors", "safety_checker/model.safetensors", "tokenizer/tokenizer.json",
+             "text_encoder/model.safetensors"]
     asked = []
 
     def snapshot(hub_id, revision=None, allow_patterns=(), **options):
@@ -414,10 +415,11 @@ def test_hub_ids_fetch_only_what_is_needed(folders, monkeypatch):
         siblings=[SimpleNamespace(rfilename=name) for name in names]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert DiffusionPrior.from_pretrained("someone/model", revision="v1").image_size == 32
-    full = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    full = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+            "vae/diffusion_pytorch_model.safetensors"]
     assert asked == [("someone/model", "v1", []), ("someone/model", "v1", full)]
     open_model("someone/model", dtype=torch.float16)
-    assert asked[-1][2] == ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    assert asked[-1][2] == ["unet/diffusion_pytorch_model.fp16.safetensors", *full[1:]]
 
 
 def test_the_toybox_folder_loads_like_any_other(tmp_path):
@@ -435,6 +437,62 @@ def test_the_toybox_folder_loads_like_any_other(tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_text_encoder_and_networks_are_not_in_memory_at_once(folders, monkeypatch):
+    """DeepFloyd IF's text encoder is larger than its U-Net: it goes before the U-Net comes."""
+    from text3d_fast.guidance.models import diffusion
+
+    order = []
+    for name in ("load_text_encoder", "load_network"):
+        load = getattr(diffusion, name)
+        monkeypatch.setattr(diffusion, name, lambda *arguments, load=load: order.append(
+            arguments[0] if isinstance(arguments[0], str) else "text_encoder") or load(*arguments))
+    prior = DiffusionPrior.from_pretrained(folders["latent"])
+    prior.prepare(["a red mug"])
+    assert order == ["text_encoder"]
+    prior.encode(torch.rand(1, 32, 32, 3))
+    prior.predict_noise(*batch(prior, 1)[:2], Conditions(["a red mug"]))
+    assert order == ["text_encoder", "vae", "unet"]
+
+
+def test_t5_keeps_in_fp32_what_half_precision_overflows(tmp_path):
+    import transformers
+
+    from text3d_fast.guidance.models.loading import load_text_encoder
+
+    folder = save_model(tmp_path / "if", latent=False, unet={"in_channels": 3, "out_channels": 6})
+    shutil.rmtree(folder / "text_encoder")
+    transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+    )).save_pretrained(folder / "text_encoder")
+    _, encoder = load_text_encoder(open_model(folder, dtype=torch.float16), torch.device("cpu"), torch.float16)
+    kinds = {name: value.dtype for name, value in encoder.named_parameters()}
+    assert kinds.pop("encoder.block.0.layer.1.DenseReluDense.wo.weight") == torch.float32
+    assert set(kinds.values()) == {torch.float16}
+    prior = DiffusionPrior.from_pretrained(folder)
+    assert prior.texts(["a red mug"]).shape == (1, 77, 16)
+
+
+def test_loading_says_what_it_does_and_nothing_else(folders, caplog, capfd):
+    import logging
+
+    prior = DiffusionPrior.from_pretrained(folders["latent"])
+    with caplog.at_level(logging.INFO, "text3d_fast.guidance"):
+        prior.prepare(["a red mug"])
+        assert prior.unet is prior.unet and prior.vae is prior.vae
+    assert [record.message.split(" of ")[0] for record in caplog.records] == [
+        "loading the text encoder", "loading the U-Net", "loading the VAE"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_of_another_model_is_refused(broken):
+    edit(broken / "text_encoder" / "config.json", vocab_size=4)
+    weights = safetensors.torch.load_file(broken / "text_encoder" / "model.safetensors")
+    short = {key: value[:4].clone() if "token_embedding" in key else value for key, value in weights.items()}
+    safetensors.torch.save_file(short, broken / "text_encoder" / "model.safetensors")
+    with pytest.raises(ModelError, match="the tokenizer knows 13 tokens, the text encoder 4"):
+        DiffusionPrior.from_pretrained(broken).prepare(["a red mug"])
+
+
 def test_errors_name_the_argument(latent):
     x_t, t, conditions = batch(latent)
     with pytest.raises(ValueError, match=r"images: expected \[B, H, W, 3\]"):
@@ -444,3 +502,63 @@ def test_errors_name_the_argument(latent):
     with pytest.raises(ModelError, match="decoder=True"):
         prior = DiffusionPrior.from_pretrained(latent.folder.path)
         prior.decode(x_t)
+
+
+def test_a_vae_that_overflows_in_half_precision_goes_on_in_full(folders, latent):
+    from text3d_fast.errors import ModelWarning
+
+    half = DiffusionPrior.from_pretrained(folders["latent"], dtype=torch.float16)
+    full = DiffusionPrior.from_pretrained(folders["latent"])
+    with torch.no_grad():  # a norm makes up for what the first layer is scaled by, unless it was infinite
+        for prior in (half, full):
+            prior.vae.encoder.conv_in.weight.mul_(1e6 if prior is full else 6e4)
+            prior.vae.encoder.conv_in.bias.mul_(1e6 if prior is full else 6e4)
+    images = torch.rand(2, 32, 32, 3, requires_grad=True)
+    with pytest.warns(ModelWarning, match="the VAE overflows in half precision"):
+        x = half.encode(images)
+    torch.testing.assert_close(x, full.encode(images), rtol=0.05, atol=0.02)
+    assert torch.autograd.grad(x.sum(), images)[0].isfinite().all()
+    assert half.vae.dtype == torch.float32 and half.unet.dtype == torch.float16
+
+
+def test_attention_is_fused(folders, monkeypatch):
+    """diffusers' default is torch's scaled_dot_product_attention; a slower one would not be seen otherwise."""
+    import torch.nn.functional as F
+
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    prior = DiffusionPrior.from_pretrained(folders["latent"])
+    x_t, t, conditions = batch(prior)
+    prior.prepare(conditions.texts)
+    calls.clear()
+    prior.predict_noise(x_t, t, conditions)
+    attentions = [module for module in prior.unet.modules() if type(module).__name__ == "Attention"]
+    assert len(calls) == len(attentions) > 0
+    calls.clear()
+    prior.encode(torch.rand(1, 32, 32, 3))
+    assert calls
+
+
+def test_a_compiled_network_answers_the_same_in_one_graph(folders, latent, monkeypatch):
+    asked = []
+    compile_module = torch.nn.Module.compile
+
+    def compile_eagerly(self, **options):
+        asked.append(options)
+        compile_module(self, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    prior = DiffusionPrior.from_pretrained(folders["latent"], compile=True)
+    x_t, t, conditions = batch(prior)
+    torch.testing.assert_close(prior.predict_noise(x_t, t, conditions), latent.predict_noise(x_t, t, conditions))
+    assert asked == [{"fullgraph": True}]
+    from text3d_fast.guidance import LoraPrior
+
+    adapted = LoraPrior(prior)  # the copy runs with its hooks, uncompiled
+    torch.testing.assert_close(adapted.predict_noise(x_t, t, conditions), prior.predict_noise(x_t, t, conditions))
+    before = prior.predict_noise(x_t, t, conditions)
+    with torch.no_grad():
+        for layer in adapted.module["layers"].values():
+            layer["B"].weight.fill_(0.1)
+    assert not torch.allclose(adapted.predict_noise(x_t, t, conditions), before)
+    torch.testing.assert_close(prior.predict_noise(x_t, t, conditions), before)

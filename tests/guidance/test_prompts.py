@@ -39,3 +39,15 @@ def test_errors():
         ViewPrompts(front=120, back=90)
     with pytest.raises(ValueError, match="expected one length"):
         ViewPrompts()(["a"], [0.0, 0.0], [0.0, 0.0])
+
+
+def test_views_are_pushed_off_those_that_a_model_would_rather_draw():
+    views = ViewPrompts("side")
+    negatives = views.negatives("a mug", 0.7)
+    assert negatives["a mug, back view"] == {"a mug, side view": 0.7, "a mug, front view": 0.7}
+    assert negatives["a mug, side view"] == {"a mug, front view": 0.7}
+    assert negatives["a mug, front view"] == {"a mug, side view": 0.7}
+    apart = ViewPrompts("left_right").negatives("a mug", 1.0)
+    assert apart["a mug, left side view"] == {"a mug, front view": 1.0, "a mug, right side view": 1.0}
+    assert views.negatives("a mug", 0.0) == {} and ViewPrompts("none").negatives("a mug", 1.0) == {"a mug": {}}
+    assert set(negatives) <= set(views.all("a mug"))

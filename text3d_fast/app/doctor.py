@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -12,8 +13,11 @@ from rich.table import Table
 from text3d_fast import backends, native
 from text3d_fast.pipelines.results import versions
 
+if TYPE_CHECKING:
+    from text3d_fast.guidance import ModelOptions
 
-def doctor(model: str | None) -> int:
+
+def doctor(model: str | None, device: str = "auto", settings: dict[str, Any] | None = None) -> int:
     """Print versions, hardware and the table of ops; describe a model. Returns the exit status."""
     import text3d_fast.geometry
     import text3d_fast.nn
@@ -30,7 +34,7 @@ def doctor(model: str | None) -> int:
     for row in backends.table():
         table.add_row(row["op"], row["device"], row["served by"], row["why not others"])
     console.print(table)
-    return 0 if model is None else describe(model, console)
+    return 0 if model is None else describe(model, console, device, settings or {})
 
 
 def words() -> int:
@@ -58,23 +62,46 @@ def gpu() -> str:
     return f"none: {cause}; everything runs on the CPU"
 
 
-def describe(model: str, console: Console) -> int:
+def describe(model: str, console: Console, device: str = "auto", settings: dict[str, Any] | None = None) -> int:
     """Print what is known of a model without loading its weights."""
-    from text3d_fast.errors import ModelError
-    from text3d_fast.guidance import load_prior, open_model, registered_priors
+    from text3d_fast.guidance import load_prior, registered_priors
+    from text3d_fast.pipelines.config import RunConfig
 
     try:
+        options = RunConfig().updated(settings or {}).prior
         if model in registered_priors():
-            content = load_prior(model).describe()
+            content = load_prior(model, options=options).describe()
         else:
-            content = open_model(model, dtype=torch.float16).describe()
-    except (ModelError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False)
+            content = _describe_model(model, device, options)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 2
     table = Table("property", "value", title=str(model))
     for name, value in content.items():
         if name.startswith("memory"):
-            value = f"{value / 2**30:.2f} GiB of weights"
+            value = f"{value / 2**30:.2f} GiB of weights" if isinstance(value, int) else value
         table.add_row(name.replace("_", " "), str(value))
-    console.print(table)
+    console.print(table, markup=False)
     return 0
+
+
+def _describe_model(model: str, device: str, options: ModelOptions) -> dict[str, Any]:
+    from text3d_fast.guidance import open_model
+    from text3d_fast.guidance.models.diffusion import dtype_of
+    from text3d_fast.guidance.models.loading import quiet
+    from text3d_fast.guidance.models.memory import estimate
+
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype_of(options.dtype, torch.device(kind))
+    with quiet():
+        folder = open_model(model, options.revision, dtype, options.config, options.prediction, weights=False)
+        folder.check([name for name in folder.components if name != "vae" or options.tiny_autoencoder is None])
+        needs = estimate(folder, torch.device(kind), options)
+    gib = {name: getattr(needs, name) / 2**30 for name in ("peak", "weights", "step", "forward", "text")}
+    about = folder.describe()
+    about[f"peak memory, {kind}"] = (
+        f"{gib['peak']:.2f} GiB in {str(dtype).removeprefix('torch.')} for a picture a step: weights "
+        f"{gib['weights']:.2f}, guidance and the encoder's backward {gib['step']:.2f} (without backward "
+        f"{gib['forward']:.2f}); before them the text encoder {gib['text']:.2f}")
+    about["work of a step"] = f"{needs.operations / 1e12:.2f} TFLOP"
+    return about

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from text3d_fast.app.messages import messages
+
 if TYPE_CHECKING:
     from text3d_fast.pipelines.pipeline import Pipeline
     from text3d_fast.pipelines.results import Result
@@ -26,16 +28,19 @@ class Progress:
         self.loss, self.stage, self.said = 0.0, None, 0.0
         self.log: Path | None = None
         self.bar: Bar | None = None
+        self._messages = messages(self.say)
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line as it is: brackets in a prompt are no markup."""
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
+        self._messages.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
         self._stop()
+        self._messages.__exit__(*error)
 
     def begin(self, pipeline: Pipeline, prompt: str, steps: int | None, out: Path) -> None:
         """Of one run; its lines go into `out`/run.log, too."""

@@ -13,6 +13,7 @@ from text3d_fast.guidance.lora import LoraPrior
 from text3d_fast.guidance.mixture import GaussianMixture, MixturePrior
 from text3d_fast.guidance.models.diffusion import DiffusionPrior
 from text3d_fast.guidance.models.folder import open_model
+from text3d_fast.guidance.models.options import ModelOptions
 from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.guidance.registry import load_prior, register_prior, registered_priors
@@ -32,6 +33,7 @@ __all__ = [
     "LoraPrior",
     "MixturePrior",
     "ModelError",
+    "ModelOptions",
     "NoiseSchedule",
     "ParticleScore",
     "Prior",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from text3d_fast.guidance.prior import Conditions, Prior
 from text3d_fast.guidance.schedule import NoiseSchedule
+from text3d_fast.guidance.watch import FiniteWatch
 
 # name -> w(alpha, sigma). With E over eps of SDS's g = w alpha^-1 sigma d/dx KL(q_t || p_t):
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -86,10 +87,13 @@ class TimeRange:
 
 
 def draw(
-    x: Tensor, schedule: NoiseSchedule, time_range: TimeRange, progress: float, generator: torch.Generator | None
+    x: Tensor, schedule: NoiseSchedule, time_range: TimeRange, progress: float, generator: torch.Generator | None,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """t [B] of the range, on the schedule's steps, and eps of x's shape [B, ...] (fp32)."""
-    t = schedule.snap(time_range.sample(len(x), progress, generator, x.device))
+    """t [B] of the range, on the schedule's steps, one for each `views` rows, and eps of x's shape [B, ...] (fp32)."""
+    if len(x) % views:
+        raise ValueError(f"images: expected a multiple of {views}, the prior's views of an object, got {len(x)}")
+    t = schedule.snap(time_range.sample(len(x) // views, progress, generator, x.device).repeat_interleave(views))
     source = x.device if generator is None else generator.device
     return t, torch.randn(x.shape, generator=generator, device=source).to(x.device)
 
@@ -234,6 +238,11 @@ class DistillationLoss:
         self.perp_neg = perp_neg or {}
         self.guide_camera = guide_camera
         self.guide_background = guide_background
+        self._watch = FiniteWatch()
+
+    def texts(self, texts: Sequence[str]) -> list[str]:
+        """What the prior will be asked for, for images of these texts: to be embedded at once."""
+        return [*texts, self.negative_prompt, *(other for text in texts for other in self.perp_neg.get(text, {}))]
 
     def unconditional(self, conditions: Conditions) -> Conditions:
         """The other half of the guidance for these conditions."""
@@ -275,9 +284,10 @@ class DistillationLoss:
         self, x: Tensor, conditions: Conditions, progress: float = 0.0, generator: torch.Generator | None = None
     ) -> Distillation:
         """The same for x [B, C, h, w] that is already in the prior's space (latents optimized directly)."""
-        t, noise = draw(x, self.prior.schedule, self.time_range, progress, generator)
+        t, noise = draw(x, self.prior.schedule, self.time_range, progress, generator, self.prior.views)
         gradient, value = self.gradient(x, t, noise, conditions, progress)
         finite = gradient.isfinite().flatten(1).all(1)
+        self._watch(finite, x)
         rows = (-1,) + (1,) * (x.ndim - 1)
         gradient = torch.where(finite.reshape(rows), gradient, 0.0)
         if self.clip is not None:

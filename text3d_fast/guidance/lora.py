@@ -40,6 +40,7 @@ class LoraPrior(Prior):
         self.base = base
         self.schedule = base.schedule
         self.image_size = base.image_size
+        self.views = base.views
         self.prediction_type = base.prediction_type
         # a copy of the structure alone: the tensors are the base's own
         shared = {id(tensor): tensor for tensor in chain(base.unet.parameters(), base.unet.buffers())}

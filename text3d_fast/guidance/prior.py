@@ -104,7 +104,9 @@ class Prior(ABC):
     image_size   the height and width of the images that `encode` takes
     name         what `load_prior` takes to get it again
     kind         "latent", "pixel", or "exact" for an exact denoiser: which recipe of settings suits it
-    conditions   what it knows beside the text: "camera", "background"
+    conditions   what it knows beside the text: "camera", "background", "pose"
+    views        how many rows of a batch, one after the other, are pictures of one object at one t, taken from cameras
+                 evenly round it, and judged together; 1: each is judged alone
     view_words   a name in prompts.WORDINGS; None: the recipe's
     camera_distribution  the cameras it knows, in degrees and world units: {"elevation": (low, high), "azimuth": ...,
                  "distance": ..., "fov_y": ...}; None if it does not say
@@ -118,6 +120,7 @@ class Prior(ABC):
     name: str = ""
     kind: str = "pixel"
     conditions: Sequence[str] = ()
+    views: int = 1
     view_words: str | None = None
     camera_distribution: Mapping[str, Any] | None = None
     normal_words: str = ""
@@ -141,6 +144,10 @@ class Prior(ABC):
 
     def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027  (nothing to do is a good default)
         """Do now, once, what these texts will need: embed them, render for them."""
+
+    def seconds_a_picture(self) -> float | None:
+        """About how long guidance of one picture takes on this machine; None: too little to be spoken of."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints."""

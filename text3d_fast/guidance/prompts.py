@@ -35,6 +35,17 @@ WORDINGS: dict[str, dict[str, str]] = {
 }
 
 
+_PUSHED_OFF = {"front": ("left", "right"), "left": ("front", "right"), "right": ("front", "left"),
+               "back": ("left", "right", "front")}
+
+
+def split_view(text: str) -> tuple[str, str]:
+    """A prompt in two: the text, and the words of a view at its end, with what joins them ("" if there are none)."""
+    phrases = {f", {phrase}" for words in WORDINGS.values() for phrase in words.values() if phrase}
+    view = max((phrase for phrase in phrases if text.endswith(phrase)), key=len, default="")
+    return text.removesuffix(view), view
+
+
 @dataclass
 class ViewPrompts:
     """Appends the words of the view to a prompt.
@@ -96,6 +107,19 @@ class ViewPrompts:
     def all(self, text: str) -> list[str]:
         """Every prompt this text can become, without repeats: what to embed before the text encoder is freed."""
         return list(dict.fromkeys([text, *(self._join(text, self.phrases[view]) for view in VIEWS)]))
+
+    def negatives(self, text: str, amount: float) -> dict[str, dict[str, float]]:
+        """Perp-Neg's negative prompts of each view's prompt, for `DistillationLoss`: a view is pushed off those that a
+        model would rather draw (Armandpour et al., 2023): a side off the front, the back off the sides and the front.
+        """
+        found: dict[str, dict[str, float]] = {}
+        if amount > 0:
+            for view, others in _PUSHED_OFF.items():
+                prompt = self._join(text, self.phrases[view])
+                away = {self._join(text, self.phrases[other]): amount for other in others if self.phrases[other]}
+                away.pop(prompt, None)
+                found.setdefault(prompt, {}).update(away)
+        return found
 
     def _join(self, text: str, phrase: str) -> str:
         return self.template.format(text=text, view=phrase) if phrase and text else text

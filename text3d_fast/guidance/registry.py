@@ -7,7 +7,9 @@ from importlib import import_module
 
 import torch
 
+from text3d_fast.errors import ModelError
 from text3d_fast.guidance.models.diffusion import DiffusionPrior
+from text3d_fast.guidance.models.options import ModelOptions
 from text3d_fast.guidance.prior import Prior
 
 DEFAULT = "toybox"
@@ -30,12 +32,21 @@ def registered_priors() -> list[str]:
     return sorted(_REGISTERED, key=lambda name: (name != DEFAULT, name))
 
 
-def load_prior(model: str | None = None, device: torch.device | str = "cpu") -> Prior:
-    """The prior of a registered name (None: "toybox"), a folder, .safetensors file or hub id; it bears that name."""
+def load_prior(
+    model: str | None = None, device: torch.device | str = "cpu", options: ModelOptions | None = None
+) -> Prior:
+    """The prior of a registered name (None: "toybox"), a folder, .safetensors file or hub id; it bears that name.
+
+    options    how a model is loaded; registered priors take none
+    """
     model, device = model or DEFAULT, torch.device(device)
+    given = (options or ModelOptions()).given()
     load = _REGISTERED.get(model)
     if load is None:
-        prior: Prior = DiffusionPrior.from_pretrained(model, device=device)
+        prior: Prior = DiffusionPrior.from_pretrained(model, device=device, **given)
+    elif given:
+        raise ModelError(f"prior.{next(iter(given))}: {model} is built in and takes no such option; it is for "
+                         f"diffusion models")
     else:
         if isinstance(load, str):
             module, _, attribute = load.partition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +41,9 @@ class BridgeDistillation(DistillationLoss):
     def __init__(self, prior: Prior, guidance_weight: Any = 100.0, *args: Any, source: str = FLAWS, **options: Any):
         super().__init__(prior, guidance_weight, *args, **options)
         self.source = source
+
+    def texts(self, texts: Sequence[str]) -> list[str]:
+        return [*super().texts(texts), *(f"{text}, {self.source}" for text in texts)]
 
     def residual(self, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, guidance: float) -> Tensor:
         x_t = self.prior.schedule.add_noise(x, noise, t)

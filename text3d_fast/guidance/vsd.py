@@ -170,7 +170,7 @@ class VariationalScoreDistillation(DistillationLoss):
             self.score.observe(x)
             return None
         schedule, kind = self.score.schedule, self.score.prediction_type
-        t, noise = draw(x, schedule, self.score_time_range, 0.0, generator)
+        t, noise = draw(x, schedule, self.score_time_range, 0.0, generator, getattr(self.score, "views", 1))
         noise = noise.to(x)
         own = self._score_conditions(conditions)
         if own.pose is not None and self.pose_dropout > 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from text3d_fast.guidance.models.options import ModelOptions
 from text3d_fast.pipelines.settings import check_ranges, names_of, nearest
 from text3d_fast.scene.cameras import CameraDistribution
 from text3d_fast.scene.lights import LightDistribution
@@ -19,8 +20,10 @@ from text3d_fast.scene.shading import ShadingSchedule
 
 @dataclass
 class GuidanceConfig:
-    """Score distillation; see `guidance.ScoreDistillation`.
+    """Score distillation; see `guidance.DistillationLoss`.
 
+    distillation   what is descended: "sds"; "csd", the guidance alone, w (eps(text) - eps(empty)), without SDS's
+                   eps_theta - eps; "bridge", from spoiled pictures to the text; "ism", along DDIM inversion
     weight         w of (1 + w) eps(text) - w eps(empty); other projects' "scale" is w + 1
     weighting      w(t): sigma2, uniform, kl, sample, alpha_sigma2
     time           t is uniform in (low, high) at the start and in final_time at the end
@@ -29,8 +32,11 @@ class GuidanceConfig:
     background     give the background colour to a prior that knows it
     jacobian       backpropagate through the network as well
     clip           largest root mean square of one image's gradient, or null
+    perp_neg       how strongly each view is pushed off the prompts of other views (Perp-Neg, against faces on every
+                   side); up to two more rows of the network a picture
     """
 
+    distillation: str = "sds"
     weight: float = 100.0
     weighting: str = "sigma2"
     time: tuple[float, float] = (0.02, 0.98)
@@ -42,6 +48,13 @@ class GuidanceConfig:
     jacobian: bool = False
     clip: float | None = None
     negative_prompt: str = ""
+    perp_neg: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.distillation not in ("sds", "csd", "bridge", "ism"):
+            raise ValueError(f"distillation: expected sds, csd, bridge or ism, got {self.distillation!r}")
+        if self.jacobian and self.distillation != "sds":
+            raise ValueError(f"jacobian: only sds has one, not {self.distillation}")
 
 
 @dataclass
@@ -225,6 +238,7 @@ class RunConfig:
                  triangles (0: all of them), and the texels of the texture's side (0: vertex colours). Fewer faces
                  with a texture bring a normal map that shows what they lack
     threads      CPU threads the run was made with; another number changes the last bits
+    prior        how `model` is loaded
     """
 
     pipeline: str = ""
@@ -237,6 +251,7 @@ class RunConfig:
     faces: int = 0
     texture: int = 0
     threads: int | None = None
+    prior: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint_every", "preview_every", "mesh_resolution")
@@ -463,6 +478,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(option for option in options if option is not type(None))
+    if typing.get_args(hint)[1:] == (...,):
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(_checked(part, typing.get_args(hint)[0], where) for part in parts)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != 2:
             raise ValueError(f"{where}: expected two numbers, got {value!r}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from text3d_fast.guidance import Prior, load_prior
+from text3d_fast.guidance import Prior, load_prior, registered_priors
 from text3d_fast.guidance.registry import DEFAULT_FINE
 from text3d_fast.pipelines.config import EditConfig, Magic3DConfig, RunConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
@@ -79,7 +79,9 @@ class Magic3D(Pipeline):
     def fine_prior(self) -> Prior:
         """The prior of the fine stage."""
         if self._fine_prior is None:
-            self._fine_prior = load_prior(self.fine_model, self.device) if self.fine_model else self.prior
+            built_in = self.fine_model in registered_priors()
+            self._fine_prior = self.prior if not self.fine_model else load_prior(
+                self.fine_model, self.device, None if built_in else self.options)
         return self._fine_prior
 
     def stage_prior(self, stage: type[Stage]) -> Prior:

@@ -59,7 +59,7 @@ class MeshStage(Stage):
         self.views = ViewPrompts(self.config.view_words, front=self.config.view_sectors[0],
                                  back=self.config.view_sectors[1])
         self.distill = self.distillation()
-        self.prior.prepare([*self.views.all(self.prompt), self.config.guidance.negative_prompt])
+        self.prior.prepare(self.distill.texts(self.views.all(self.prompt)))
 
     def modules(self) -> dict[str, nn.Module]:
         return {"scene": self.scene, "kept": self.kept}

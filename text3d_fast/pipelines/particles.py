@@ -17,10 +17,11 @@ from text3d_fast.guidance import (
     ParticleScore,
     VariationalScoreDistillation,
 )
+from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.pipelines.config import ProlificDreamerConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.stage import Extraction, Stage, StepState
-from text3d_fast.pipelines.volume_stage import VolumeStage, time_range, view_conditions
+from text3d_fast.pipelines.volume_stage import VolumeStage, guidance_options, time_range, view_conditions
 from text3d_fast.scene.cameras import Cameras
 
 
@@ -91,6 +92,10 @@ class ParticleStage(Stage):
         self.after(images, conditions)
         return StepState(self, looks[0].rendering, loss.detach() / len(chosen), distilled.gradient_norm)
 
+    @property
+    def views(self) -> ViewPrompts:
+        return self.particles[0].views
+
     def chosen(self) -> list[VolumeStage | MeshStage]:
         """The particles of this step."""
         return self.particles
@@ -141,8 +146,8 @@ class VariationalStage(ParticleStage):
             second = LoraPrior(self.prior, score.rank, self.run.seed)
         return VariationalScoreDistillation(
             self.prior, second, chosen.weight, chosen.weighting, time_range(chosen), score_prompt=self.prompt,
-            score_rate=score.rate, pose_dropout=score.pose_dropout, calls=score.calls, clip=chosen.clip,
-            negative_prompt=chosen.negative_prompt,
+            score_rate=score.rate, pose_dropout=score.pose_dropout, calls=score.calls,
+            **guidance_options(chosen, self.views, self.prompt),
         )
 
     def modules(self) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from text3d_fast.errors import ModelWarning
 from text3d_fast.guidance import Prior, load_prior
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.recipes import Recipe, recipe, volume_recipe
@@ -41,10 +43,15 @@ class Pipeline:
         settings: dict[str, Any] | None = None,
     ):
         self.device = choose_device(device)
-        self.prior = load_prior(model, self.device) if prior is None else prior
+        self.changes = dict(settings or {})
+        # how the prior is loaded has to be known before it says which other settings suit it
+        options = {name: value for name, value in self.changes.items() if name.startswith("prior.")}
+        if options and prior is not None:
+            raise ValueError(f"{next(iter(options))}: the prior is an own one and is loaded already")
+        self.options = (config or self.config_type()).updated(options).prior
+        self.prior = load_prior(model, self.device, self.options) if prior is None else prior
         self.model = model or self.prior.name
         config = config or self.default_config()
-        self.changes = dict(settings or {})
         self.config = config.updated(self.changes)
 
     def default_config(self) -> RunConfig:
@@ -97,6 +104,7 @@ class Pipeline:
         if steps is not None:
             config = config.with_steps(steps)
         before, chosen = self._chosen(stage, start)
+        self._foretell(config, chosen)
         folder = None if out is None else RunFolder(out)
         if folder is not None:
             config = folder.open(config, resume, any_steps=steps is None, changes=self.changes)
@@ -112,6 +120,21 @@ class Pipeline:
         finally:
             if folder is not None:
                 folder.close()
+
+    def _foretell(self, config: RunConfig, stages: Sequence[type[Stage]]) -> None:
+        """Warn of a run that will take hours, before it begins."""
+        seconds, step = 0.0, 0.0
+        for kind in stages:
+            picture = self.stage_prior(kind).seconds_a_picture() or 0.0
+            own = config.stage(kind.name)
+            step = max(step, picture * own.batch)
+            seconds += picture * own.batch * own.steps
+        if seconds > 3600:
+            long = f"{seconds / 3600:.0f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
+            warnings.warn(
+                f"guidance by {self.model} takes about {step:.0f} s a step on this CPU, and all steps about {long}. "
+                f"Quicker: a GPU; prior.tiny_autoencoder (a tenth of the VAE's work); fewer steps; or the built-in "
+                f"models (toybox, analytic)", ModelWarning, stacklevel=3)
 
     def about(self) -> dict[str, Any]:
         """What result.json says beyond what every run has."""

@@ -16,16 +16,24 @@ from typing import Any
 from text3d_fast.guidance import Prior
 from text3d_fast.pipelines.config import RunConfig, VolumeConfig
 
+# A scene as fine as 512 pixels can show: the sizes of the papers and their reproductions. Rays through the ball
+# of radius 0.9 take up to 512 samples.
+FINE_SCENE: dict[str, Any] = {
+    "field.levels": 16, "field.log2_table_size": 19, "field.base_resolution": 16, "field.max_resolution": 4096,
+    "field.start_levels": 8, "field.levels_end": 0.6, "field.hidden": 64, "sampling.step": 0.0035,
+    "sampling.occupancy": 64,
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     # Stable Diffusion and its like, 512 or 768 pixels through a VAE
     "latent": {
         "steps": 10_000, "guidance.weight": 100.0, "optimizer.grid": 1e-2, "optimizer.network": 1e-3,
-        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0),
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0), **FINE_SCENE,
     },
     # DeepFloyd IF's first stage and its like: 64 pixels, no VAE
     "pixel": {
         "steps": 10_000, "guidance.weight": 20.0, "optimizer.grid": 1e-2, "optimizer.network": 1e-3,
-        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0),
+        "cameras.elevation": (-10.0, 80.0), "cameras.fov_y": (35.0, 50.0), **FINE_SCENE,
     },
     # a small model that is given the camera: the words need little amplification, and few steps suffice
     "camera": {
@@ -132,7 +140,7 @@ def surface_recipe(prior: Prior) -> Recipe:
     found = Recipe()
     kind = "camera" if prior.kind == "pixel" and "camera" in prior.conditions else prior.kind
     found.add(f"recipe {kind}", SURFACE_KINDS[kind])
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = _of_views(prior)
     if kind in ("camera", "exact"):  # pictures finer than the prior's, averaged down to it
         own["size"] = max(1, 256 // prior.image_size) * prior.image_size
     if prior.view_words is not None:
@@ -148,6 +156,13 @@ def surface_recipe(prior: Prior) -> Recipe:
         wishes["guidance.time"] = prior.wishes["guidance.final_time"]
     found.add("the prior's wishes", wishes)
     return found
+
+
+def _of_views(prior: Prior) -> dict[str, Any]:
+    """A multi-view prior takes whole groups, is told the cameras, and was trained without view words (MVDream: guidance
+    50 in the form that others use).
+    """
+    return {} if prior.views == 1 else {"batch": prior.views, "view_words": "none", "guidance.weight": 49.0}
 
 
 def particle_recipe(prior: Prior, stage: Recipe) -> Recipe:
@@ -167,7 +182,7 @@ def volume_recipe(prior: Prior) -> Recipe:
     found = Recipe()
     kind = "camera" if prior.kind == "pixel" and "camera" in prior.conditions else prior.kind
     found.add(f"recipe {kind}", KINDS[kind])
-    own: dict[str, Any] = {"size": min(prior.image_size, 64)}
+    own: dict[str, Any] = {"size": min(prior.image_size, 64)} | _of_views(prior)
     if prior.view_words is not None:
         own["view_words"] = prior.view_words
     own |= {f"cameras.{name}": tuple(bounds) for name, bounds in (prior.camera_distribution or {}).items()}

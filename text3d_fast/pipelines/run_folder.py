@@ -7,7 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.files import write_text
+from text3d_fast.guidance.models.options import HARMLESS
 from text3d_fast.images import write_png
 from text3d_fast.pipelines.checkpoint import load_about, load_state, save_state
 from text3d_fast.pipelines.config import RunConfig
@@ -26,7 +27,8 @@ CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
 LOCK = ".lock"
 # Settings that may change when a run goes on: they do not touch the optimization
-CHANGEABLE = ("mesh_resolution", "faces", "texture", "checkpoint_every", "preview_every", "threads")
+CHANGEABLE = ("mesh_resolution", "faces", "texture", "checkpoint_every", "preview_every", "threads",
+              *(f"prior.{name}" for name in HARMLESS))
 # `files.atomic_path` names of files that were not finished
 _LEFTOVER = re.compile(r"\.(mesh|turntable|views|preview|result|config|checkpoint)[\w-]*\.\w{8}\.\w+")
 Config = TypeVar("Config", bound=RunConfig)
@@ -141,6 +143,10 @@ class RunFolder:
             there, wanted = getattr(saved, name), getattr(asked, name)
             if there != wanted:
                 raise CheckpointError(f"{self.path} holds a run with {name} = {there!r}, not {wanted!r}; {again}")
+        for name, there in asdict(saved.prior).items():
+            if name not in HARMLESS and there != getattr(asked.prior, name):
+                raise CheckpointError(f"{self.path} holds a run with prior.{name} = {there!r}, not "
+                                      f"{getattr(asked.prior, name)!r}; give it again, or {again}")
         steps = [name for name in changes if name.rpartition(".")[2] == "steps"]
         any_steps = any_steps and not steps
         for name in changes:

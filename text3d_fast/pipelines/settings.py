@@ -13,15 +13,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """low, high: both allowed; of each number, where there are several. Text and switches have no range."""
+    """low, high: both allowed; of each number, where there are several. None: text, names of files, switches."""
 
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     about: str
 
 
 def _s(low: float, high: float, about: str) -> Setting:
     return Setting(low, high, about)
+
+
+def _t(about: str) -> Setting:
+    return Setting(None, None, about)
 
 
 SETTINGS: dict[str, Setting] = {
@@ -36,11 +40,23 @@ SETTINGS: dict[str, Setting] = {
     "texture": _s(0, 8192, "texels along a side of the exported texture; 0: vertex colours"),
     "threads": _s(1, 4096, "CPU threads; another number changes the last bits"),
     "view_sectors": _s(0, 180, "degrees, half-widths of the front and of the back view"),
+    "prior.dtype": _t("of a model's networks: float32, float16, bfloat16; null: fp16 on CUDA, fp32 elsewhere"),
+    "prior.prediction": _t("epsilon, v_prediction or sample, where a model's file does not say it or is wrong"),
+    "prior.revision": _t("of a hub repository"),
+    "prior.config": _t("for a single file: a folder with the configurations and tokenizer of its family"),
+    "prior.tiny_autoencoder": _t("folder or hub id of an AutoencoderTiny to encode with: a tenth of the VAE's cost"),
+    "prior.lora": _t("LoRA files, each FILE or FILE:STRENGTH"),
+    "prior.embeddings": _t("textual-inversion files; the prompt names their words"),
+    "prior.vae_slicing": _t("encode one picture at a time, recomputed in the backward pass: less memory, more time"),
+    "prior.offload": _t("text encoder and VAE stay in the computer's memory: less of the GPU's"),
+    "prior.compile": _t("the U-Net by torch.compile: minutes at the start, faster steps on a GPU"),
+    "guidance.distillation": _t("sds, csd (the guidance alone), bridge or ism"),
     "guidance.weight": _s(-1, 1000, "w of (1 + w) eps(text) - w eps(empty); others' scale is w + 1"),
     "guidance.time": _s(0, 1, "t is uniform between these two at the start"),
     "guidance.final_time": _s(0, 1, "and between these at the end"),
     "guidance.time_end": _s(1e-6, 1, "progress at which the end of that movement is reached"),
     "guidance.clip": _s(1e-9, 1e9, "largest root mean square of one picture's gradient"),
+    "guidance.perp_neg": _s(0, 10, "how strongly views are pushed off each other's prompts; Perp-Neg, 0: not"),
     "field.levels": _s(1, 32, "of the hash grid"),
     "field.features": _s(1, 8, "per level: 1, 2, 4 or 8"),
     "field.log2_table_size": _s(4, 28, "entries of a level, as a power of two"),
@@ -113,7 +129,7 @@ def check_ranges(config: Any) -> None:
     """ValueError that names the first setting outside its range, what was expected and what came."""
     for name in names_of(config):
         known, value = setting_of(name), value_of(config, name)
-        if known is None or value is None:
+        if known is None or known.low is None or value is None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not known.low <= number <= known.high:  # NaN neither

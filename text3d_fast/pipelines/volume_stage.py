@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from text3d_fast import ops
-from text3d_fast.guidance import Conditions, DistillationLoss, ScoreDistillation, TimeRange
+from text3d_fast.guidance import DISTILLATIONS, Conditions, DistillationLoss, TimeRange
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import OccupancyGrid
 from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, VolumeConfig
@@ -19,6 +21,10 @@ from text3d_fast.scene.field import Blob, RadianceField, levels_at
 from text3d_fast.scene.lights import headlights
 from text3d_fast.scene.regularizers import entropy_loss, opacity_loss, thickness_loss
 from text3d_fast.scene.volume_renderer import Rendering, VolumeRenderer
+
+if TYPE_CHECKING:
+    from text3d_fast.pipelines.mesh_stage import MeshStage
+    from text3d_fast.pipelines.particles import ParticleStage
 
 
 class VolumeStage(Stage):
@@ -48,7 +54,7 @@ class VolumeStage(Stage):
                                           lr=0.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
         self.views = ViewPrompts(config.view_words, front=config.view_sectors[0], back=config.view_sectors[1])
         self.distill = self.distillation()
-        self.prior.prepare([*self.views.all(self.prompt), config.guidance.negative_prompt])
+        self.prior.prepare(self.distill.texts(self.views.all(self.prompt)))
 
     def modules(self) -> dict[str, nn.Module]:
         named = {"field": self.field, "occupancy": self.renderer.occupancy}
@@ -146,23 +152,35 @@ def make_field(config: FieldConfig, generator: torch.Generator) -> RadianceField
 
 
 def sample_cameras(stage: Stage) -> Cameras:
-    """Random ones, or some of those that the prior knows exactly, if it is told the camera at all."""
+    """Random ones; for a multi-view prior groups round the object; or some of those that the prior knows exactly, if it
+    is told the camera at all.
+    """
     config = stage.config
     known = stage.prior.known_cameras(stage.run.prompt) if config.guidance.camera else None
-    if known is None:
+    if stage.prior.views > 1:
+        cameras = config.cameras.around(config.batch, stage.prior.views, config.size, stage.generator)
+    elif known is None:
         cameras = config.cameras.sample(config.batch, config.size, stage.generator)
     else:
         cameras = config.cameras.choose(known, config.batch, config.size, stage.generator)
     return cameras.to(stage.device)
 
 
-def score_distillation(stage: Stage) -> ScoreDistillation:
+def score_distillation(stage: VolumeStage | MeshStage | ParticleStage) -> DistillationLoss:
     """Of the stage's guidance settings."""
     chosen: GuidanceConfig = stage.config.guidance
-    return ScoreDistillation(
-        stage.prior, chosen.weight, chosen.weighting, time_range(chosen), jacobian=chosen.jacobian, clip=chosen.clip,
-        negative_prompt=chosen.negative_prompt,
+    options = guidance_options(chosen, stage.views, stage.prompt)
+    if chosen.distillation == "sds":
+        options["jacobian"] = chosen.jacobian
+    return DISTILLATIONS[chosen.distillation](
+        stage.prior, chosen.weight, chosen.weighting, time_range(chosen), **options
     )
+
+
+def guidance_options(chosen: GuidanceConfig, views: ViewPrompts, prompt: str) -> dict[str, Any]:
+    """Those that every `DistillationLoss` has."""
+    return {"clip": chosen.clip, "negative_prompt": chosen.negative_prompt,
+            "perp_neg": views.negatives(prompt, chosen.perp_neg)}
 
 
 def time_range(chosen: GuidanceConfig) -> TimeRange:
@@ -197,5 +215,6 @@ def view_conditions(stage: Stage, look: Look) -> Conditions:
         stage.views(stage.prompt, cameras.elevation, cameras.azimuth),
         cameras.condition if chosen.camera and "camera" in known else None,
         background if chosen.background and "background" in known else None,
+        cameras.camera_to_world if chosen.camera and "pose" in known else None,
         window=cameras.window if "window" in known else None,
     )

@@ -242,6 +242,20 @@ class CameraDistribution:
         cameras = Cameras.orbit(*inside[rows].unbind(1), math.radians(sum(self.fov_y) / 2), size)
         return self._zoomed(cameras, generator)
 
+    def around(self, count: int, views: int, size: int | tuple[int, int],
+               generator: torch.Generator | None = None) -> Cameras:
+        """`count` cameras in groups of `views`: those of a group stand evenly round the object, at one elevation and
+        distance and with one field of view, each looking at the middle. ValueError unless count is a multiple.
+        """
+        if count % views:
+            raise ValueError(f"batch: expected a multiple of {views}, the prior's views of an object, got {count}")
+        first = replace(self, jitter_position=0.0, jitter_target=0.0, jitter_up=0.0, zoom=(1.0, 1.0)).sample(
+            count // views, size, generator)
+        elevation, azimuth, distance, fov_y = (
+            value.repeat_interleave(views) for value in (first.elevation, first.azimuth, first.distance, first.fov_y))
+        turn = torch.arange(count) % views * (2 * math.pi / views)
+        return Cameras.orbit(elevation, (azimuth + turn) % (2 * math.pi), distance, fov_y, size)
+
     def _zoomed(self, cameras: Cameras, generator: torch.Generator | None) -> Cameras:
         """Some part of each picture; draws nothing if `zoom` leaves no choice."""
         if self.zoom == (1.0, 1.0):

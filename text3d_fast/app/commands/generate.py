@@ -51,6 +51,8 @@ class Generate:
     takes the learned one in its coarse stage and the exact one, at 128 of 256 pixels, in its fine stage."""
     fine_model: Annotated[str | None, arg(metavar="MODEL")] = None
     """magic3d: another prior for the fine stage; by default MODEL for both, if it is given."""
+    lora: Annotated[tuple[str, ...], arg(metavar="FILE ...")] = ()
+    """LoRA files on top of MODEL, each FILE or FILE:STRENGTH; --help-settings names the other options of models."""
     stage: Annotated[str | None, arg(metavar="NAME")] = None
     """Run only this stage of the pipeline: coarse or fine of magic3d; vsd, geometry or texturing of prolificdreamer."""
     start: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -128,6 +130,8 @@ class Generate:
             several = len(kind.stages) > 1
             settings |= {f"{stage.name}.guidance.camera" if several else "guidance.camera": False
                          for stage in kind.stages}
+        if self.lora:
+            settings |= {"prior.lora": list(self.lora)}
         if self.preset is not None:
             settings = PRESETS[self.preset] | settings
         if self.particles is not None:
@@ -146,7 +150,7 @@ def print_settings(pipeline) -> None:
     table = Table("setting", "value", "allowed", "from", "what it is", box=None)
     for name in names_of(pipeline.config):
         known = setting_of(name)
-        allowed = "" if known is None else f"{known.low:g} to {known.high:g}"
+        allowed = "" if known is None or known.low is None else f"{known.low:g} to {known.high:g}"
         source = "--set" if name in pipeline.changes else pipeline.source(name)
         table.add_row(name, str(value_of(pipeline.config, name)), allowed, source, known.about if known else "")
     Console().print(table, markup=False)

@@ -1,4 +1,4 @@
-"""A model given as folder, file or hub id: find it, read what it says about itself, refuse what cannot work.
+"""A model given as folder, file or hub id: read what it says about itself, refuse what cannot work.
 
 Nothing here loads weights: configurations and safetensors headers are enough, so `doctor` answers at once.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from text3d_fast.errors import ModelError
+from text3d_fast.errors import ModelError, ModelWarning
 from text3d_fast.guidance.models.settings import FILE_NAME, ModelSettings, condition_size
+from text3d_fast.guidance.models.sources import SUPPORTED, Found, locate, refuse_other_pipelines
+from text3d_fast.guidance.models.weights import choose_weights, safetensors_header
 from text3d_fast.guidance.schedule import PREDICTION_TYPES
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer", "vae")
 # What a folder's unet/ may be, by the class name in its configuration: the network and its prior, as module:class
 NETWORKS = {
     "UNet2DConditionModel": ("diffusers:UNet2DConditionModel", "text3d_fast.guidance.models.diffusion:DiffusionPrior"),
@@ -28,21 +28,19 @@ NETWORKS = {
         "text3d_fast.toybox.learned.denoiser:ToyboxDenoiser", "text3d_fast.toybox.learned.prior:ToyboxPrior",
     ),
 }
-SUPPORTED = (
-    "Supported: Stable-Diffusion-class models (one U-Net conditioned on one CLIP or T5 text encoder, with a VAE or on "
-    "pixels, DDPM noise schedule)."
-)
-
-
-def brief(error: BaseException) -> str:
-    """An error of another library in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:199] + '…'}"
+_VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {"tokenizer.model"})
 
 
 @dataclass
 class ModelFolder:
-    """A diffusers-format folder and its configurations (dicts as in the JSON files)."""
+    """A diffusers-format folder and its configurations (dicts as in the JSON files).
+
+    files    names in it, relative; of a hub repository also those that were not fetched
+    half     fp16 weights are preferred where there are some
+    weights  a single-file checkpoint, for which the folder gives only the configurations
+    undecided  what it predicts is known from neither, and is told from its answers (see loading.tell_prediction)
+    notes    what a user should know, in sentences
+    """
 
     path: Path
     source: str
@@ -52,7 +50,11 @@ class ModelFolder:
     text_encoder: dict[str, Any]
     vae: dict[str, Any] | None
     licence: str | None
-    weights: Path | None = None  # a single-file checkpoint, for which the folder gives only the configurations
+    files: list[str] = field(default_factory=list)
+    half: bool = False
+    weights: Path | None = None
+    undecided: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def prediction_type(self) -> str:
@@ -72,42 +74,59 @@ class ModelFolder:
     def image_size(self) -> int:
         return self.settings.image_size or self.unet["sample_size"] * self.latent_factor
 
-    def variant(self, component: str, half: bool = False) -> str | None:
-        """"fp16" where only those weights exist, or where they are wanted and exist; otherwise None."""
-        names = [path.name for path in (self.path / component).glob("*.safetensors")]
-        has_half = any(".fp16." in name for name in names)
-        has_full = any(".fp16." not in name and "non_ema" not in name for name in names)
-        if not names:
-            raise ModelError(
-                f"{self.source}: no .safetensors weights in {component}/ (pickled .bin and .ckpt files are not read: "
-                f"they can run code; convert them with diffusers)"
-            )
-        return "fp16" if has_half and (half or not has_full) else None
+    @property
+    def components(self) -> list[str]:
+        """Those that have weights."""
+        return ["unet", "text_encoder"] + (["vae"] if self.vae is not None else [])
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The files with a component's weights; ModelError, with what is missing, if there is no whole set."""
+        names = [name.removeprefix(component + "/") for name in self.files if name.startswith(component + "/")]
+        try:
+            return [self.path / component / name for name in choose_weights(names, self.half, component)]
+        except ModelError as error:
+            raise ModelError(f"{self.source}: {error}") from error
+
+    def check(self, components: list[str] | None = None) -> None:
+        """ModelError, naming it, if something of these (None: all) is missing or damaged."""
+        for component in self.components if components is None else components:
+            self.parameters(component)
 
     def parameters(self, component: str) -> int:
-        """Number of parameters of a component, from the file headers (which are checked on the way)."""
+        """Number of parameters of a component, from the file headers (which are checked on the way), or, of weights
+        that were not fetched, from the configuration.
+        """
         if self.weights is not None:
             from text3d_fast.guidance.models.single_file import count_parameters
 
             return count_parameters(self.weights, component)
-        variant = self.variant(component)
-        return sum(
-            math.prod(entry["shape"])
-            for path in sorted((self.path / component).glob("*.safetensors"))
-            if (".fp16." in path.name) == (variant == "fp16") and "non_ema" not in path.name
-            for entry in safetensors_header(path).values()
-        )
+        files = self.weight_files(component)
+        if not any(file.exists() for file in files):
+            from text3d_fast.guidance.models.loading import empty_component
+
+            return sum(parameter.numel() for parameter in empty_component(component, self).parameters())
+        return sum(math.prod(entry["shape"]) for file in files for entry in safetensors_header(file).values())
+
+    def predicting(self, prediction: str | None) -> ModelFolder:
+        """The same model, taken to predict something else; None: as it says itself."""
+        if prediction is None:
+            return self
+        if prediction not in PREDICTION_TYPES:
+            raise ModelError(f"prediction: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction!r}")
+        return replace(self, scheduler=self.scheduler | {"prediction_type": prediction}, undecided=False)
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints. memory: bytes of the weights in fp16 and fp32, without activations."""
-        components = ["unet", "text_encoder"] + (["vae"] if self.vae is not None else [])
-        counts = {name: self.parameters(name) for name in components}
+        counts = {name: self.parameters(name) for name in self.components}
         resident = sum(count for name, count in counts.items() if name != "text_encoder")
         size = self.image_size // self.latent_factor
-        return {
+        zero = self.scheduler.get("rescale_betas_zero_snr")
+        told = "epsilon or v_prediction: told from the weights when they are loaded, or name it (prior.prediction)"
+        about = {
             "model": self.settings.name or self.source,
             "kind": "pixel" if self.vae is None else "latent",
-            "prediction": self.prediction_type,
+            "prediction": told if self.undecided else self.prediction_type,
+            "noise": self.scheduler.get("beta_schedule", "") + (", zero terminal SNR" if zero else ""),
             "image_size": self.image_size,
             "x_shape": [self.channels, size, size],
             "conditions": ["text", *self.settings.conditions],
@@ -121,6 +140,12 @@ class ModelFolder:
             "memory_fp32": 4 * resident,
             "licence": self.licence or "not stated",
         }
+        return about | ({"warning": "; ".join(self.notes)} if self.notes else {})
+
+    def warn(self) -> None:
+        """Say what a user should know, as warnings."""
+        for note in self.notes:
+            warnings.warn(f"{self.source}: {note}", ModelWarning, stacklevel=2)
 
 
 def vae_factor(config: dict[str, Any]) -> int:
@@ -141,105 +166,65 @@ def open_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     config: str | Path | None = None,
+    prediction: str | None = None,
+    weights: bool = True,
 ) -> ModelFolder:
-    """Read and check the model behind a path or hub id (downloaded on first use); arguments as `from_pretrained`."""
-    path = locate(source, revision, dtype)
-    if path.is_dir():
-        return read_folder(path, str(source))
-    from text3d_fast.guidance.models.single_file import read_single_file
+    """Read and check the model behind a path or hub id; arguments as `DiffusionPrior.from_pretrained`, and
 
-    return read_single_file(path, config)
-
-
-def locate(source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Path:
-    """The local folder or file for a path or hub id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ModelError(f"{source}: expected a folder or a .safetensors file (pickled checkpoints are not read)")
-        return path
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source) or path.suffix in (".safetensors", ".ckpt"):
-        raise ModelError(f"{source}: no such folder or file, and not a hub id of the form owner/name")
-    return _download(source, revision, dtype)
-
-
-def locate_configuration(source: str) -> Path:
-    """The local folder with a model's configurations and tokenizer; its weights are not fetched."""
-    path = Path(source).expanduser()
-    return path if path.is_dir() else _download(source, None, None)
-
-
-def _download(hub_id: str, revision: str | None, dtype: torch.dtype | None) -> Path:
-    """Fetch the parts of a hub repository that are needed; from the cache when there is no network.
-
-    dtype None: everything but the weights.
+    weights   False: of a hub repository everything but them is fetched
     """
-    import huggingface_hub
-    from huggingface_hub import errors
+    found = locate(source, revision, dtype != torch.float32, weights)
+    if found.path.is_dir():
+        if config is not None:
+            raise ModelError(f"config: {source} is a folder and has its own configurations; it is for single files")
+        folder = read_folder(found, str(source))
+        folder.half = dtype != torch.float32
+    else:
+        from text3d_fast.guidance.models.single_file import read_single_file
 
-    def snapshot(patterns: list[str], **options: Any) -> Path:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns, **options))
-
-    small = [f"{part}/*{end}" for part in _COMPONENTS for end in (".json", ".txt", ".model")]
-    small += ["model_index.json", FILE_NAME, "README.md"]
-    try:
-        files = [entry.rfilename for entry in huggingface_hub.HfApi().model_info(hub_id, revision=revision).siblings]
-        if "model_index.json" not in files:
-            raise ModelError(f"{hub_id}: not a diffusers model (it has no model_index.json). {SUPPORTED}")
-        _refuse_other_pipelines(snapshot(small), hub_id)  # before gigabytes arrive
-        return snapshot(small + _weights(files, dtype))
-    except ModelError:
-        raise
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{hub_id}: accept its licence on the hub and log in (`hf auth login`) first") from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{hub_id}: no revision {revision!r} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"{hub_id}: no such model on the hub (or it is private), and no such folder here") from error
-    except Exception as error:  # offline: whichever network library is underneath has its own exceptions
-        try:
-            patterns = small + ([] if dtype is None else [f"{part}/*.safetensors" for part in _COMPONENTS])
-            return snapshot(patterns, local_files_only=True)
-        except Exception:
-            raise ModelError(
-                f"{hub_id}: the hub cannot be reached and the model is not in the cache "
-                f"({brief(error)}). "
-                f"Give the path of a local folder, or leave --model out for the model that comes with the package."
-            ) from error
+        folder = read_single_file(found.path, config)
+    return folder.predicting(prediction)
 
 
-def _weights(files: list[str], dtype: torch.dtype | None) -> list[str]:
-    """The weight files to fetch: safetensors, fp16 ones where they exist and half precision is wanted."""
-    wanted: list[str] = []
-    if dtype is None:
-        return wanted
-    for part in ("unet", "text_encoder", "vae"):
-        names = [f for f in files if f.startswith(part + "/") and f.endswith(".safetensors") and "non_ema" not in f]
-        half = [name for name in names if ".fp16." in name]
-        full = [name for name in names if ".fp16." not in name]
-        wanted += half if half and (dtype != torch.float32 or not full) else full
-    return wanted
-
-
-def read_folder(path: Path, source: str | None = None) -> ModelFolder:
-    """Read a diffusers-format folder; ModelError if it is not complete or not supported."""
+def read_folder(found: Found, source: str | None = None) -> ModelFolder:
+    """Read a diffusers-format folder; ModelError if it is not complete (but for weights) or not supported."""
+    path = found.path
     source = source or str(path)
-    _refuse_other_pipelines(path, source)
+    refuse_other_pipelines(path, found.files, source)
     unet = _read_json(path / "unet" / "config.json", source)
     scheduler = _read_json(path / "scheduler" / "scheduler_config.json", source)
     text_encoder = _read_json(path / "text_encoder" / "config.json", source)
     if not (path / "tokenizer").is_dir():
         raise ModelError(f"{source}: incomplete, tokenizer/ is missing")
+    words = {name.removeprefix("tokenizer/") for name in found.files if name.startswith("tokenizer/")}
+    if not any(needed <= words for needed in _VOCABULARIES):
+        raise ModelError(f"{source}: incomplete, tokenizer/ holds no vocabulary (tokenizer.json, vocab.json with "
+                         f"merges.txt, or spiece.model)")
     vae = _read_json(path / "vae" / "config.json", source) if (path / "vae").is_dir() else None
     try:
         settings = ModelSettings.load(path)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    folder = ModelFolder(path, source, settings, unet, scheduler, text_encoder, vae, settings.licence or _licence(path))
+    folder = ModelFolder(path, source, settings, unet, scheduler, text_encoder, vae, settings.licence or _licence(path),
+                         found.files)
     _refuse_unsupported(folder)
+    folder.notes += _doubts(folder)
     return folder
+
+
+def _doubts(folder: ModelFolder) -> list[str]:
+    """Distilled models sample in a few steps, and have no score to distil again."""
+    scheduler = folder.scheduler
+    name = f"{folder.source} {folder.unet.get('_name_or_path', '')}".lower()
+    few = re.search(r"turbo|\blcm\b|[-_]lcm|lightning|hyper-?sd|schnell", name)
+    # Turbo models come with "trailing"; so do models of zero terminal SNR, which are not distilled
+    trailing = scheduler.get("timestep_spacing") == "trailing" and not scheduler.get("rescale_betas_zero_snr")
+    if few or "LCM" in scheduler.get("_class_name", "") or "TCD" in scheduler.get("_class_name", "") or (
+        trailing and folder.prediction_type == "epsilon"
+    ):
+        return ["this looks like a model distilled to few steps (turbo, LCM, Lightning): it has no usable score at "
+                "most noise levels, so results will be poor; take the model that it was distilled from"]
+    return []
 
 
 def _read_json(path: Path, source: str) -> dict[str, Any]:
@@ -252,18 +237,6 @@ def _read_json(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return content
-
-
-def _refuse_other_pipelines(path: Path, source: str) -> None:
-    """Kinds that the folder's outline already gives away, named."""
-    index = path / "model_index.json"
-    pipeline = _read_json(index, source).get("_class_name", "") if index.is_file() else ""
-    if (path / "transformer").is_dir():
-        raise ModelError(f"{source}: {pipeline or 'a diffusion transformer'} has no U-Net. {SUPPORTED}")
-    if (path / "text_encoder_2").is_dir() or "XL" in pipeline:
-        raise ModelError(f"{source}: SDXL ({pipeline or 'two text encoders'}) is not supported. {SUPPORTED}")
-    if not (path / "unet").is_dir():
-        raise ModelError(f"{source}: no unet/ inside, so not a diffusers text-to-image folder. {SUPPORTED}")
 
 
 def _refuse_unsupported(folder: ModelFolder) -> None:
@@ -292,6 +265,10 @@ def _refuse_unsupported(folder: ModelFolder) -> None:
     if size and unet.get("projection_class_embeddings_input_dim") != size:
         refuse(f"conditions {settings.conditions} make {size} numbers, the U-Net takes "
                f"{unet.get('projection_class_embeddings_input_dim')}")
+    if settings.views > 1 and unet.get("_class_name") != "UNet2DConditionModel":
+        refuse(f"{FILE_NAME} names {settings.views} views, which only a UNet2DConditionModel shares")
+    if vae is None and unet.get("in_channels", 4) == 4 and settings.pixel_unshuffle == 1:
+        raise ModelError(f"{source}: incomplete, vae/ is missing (its U-Net works on latents)")
     if vae is None:
         channels = 3 * settings.pixel_unshuffle**2
         name = f"pixels (pixel_unshuffle {settings.pixel_unshuffle})"
@@ -325,21 +302,3 @@ def _licence(path: Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     found = front and re.search(r"^licen[sc]e:\s*(\S+)", front.group(1), re.MULTILINE)
     return found.group(1).strip("\"'") if found else None
-
-
-def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """name -> {"dtype", "shape", "data_offsets"}; ModelError if the file is cut short or something else."""
-    try:
-        total = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(total - 8, 100_000_000):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != total:
-            raise ValueError(f"{total} bytes where the header announces {8 + length + end}")
-        return header
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error

@@ -8,6 +8,7 @@ take the camera and the background colour, and name its licence, its cameras and
       "image_size": 64,                 height and width of the images, pixels
       "pixel_unshuffle": 4,             pixel-space models: channels = 3 * 4 * 4 at 64 / 4; 1 if absent
       "conditions": ["camera", "background"],   what `class_labels` holds, in this order; absent: nothing
+      "views": 4,                       multi-view models: pictures of one object, in whose self-attention all are seen
       "reference_distance": 2.75,       the camera distance that the vector calls zero
       "cameras": {"elevation": [-10, 60], "azimuth": [0, 360], "distance": [2.5, 3.0], "fov_y": [40, 40]},  degrees
       "view_words": "left_right",       a name in prompts.WORDINGS
@@ -32,7 +33,7 @@ from torch import Tensor
 from text3d_fast.guidance.prior import Conditions
 
 FILE_NAME = "text3d.json"
-CONDITION_SIZES = {"camera": 8, "background": 4}
+CONDITION_SIZES = {"camera": 8, "background": 4, "pose": 16}
 
 
 @dataclass
@@ -43,6 +44,7 @@ class ModelSettings:
     image_size: int | None = None
     pixel_unshuffle: int = 1
     conditions: list[str] = field(default_factory=list)
+    views: int = 1
     reference_distance: float = 2.75
     cameras: dict[str, list[float]] | None = None
     view_words: str | None = None
@@ -56,6 +58,8 @@ class ModelSettings:
         unknown = [name for name in self.conditions if name not in CONDITION_SIZES]
         if unknown:
             raise ValueError(f"conditions: expected names among {', '.join(CONDITION_SIZES)}, got {unknown}")
+        if not isinstance(self.views, int) or self.views < 1:
+            raise ValueError(f"views: expected a positive integer, got {self.views!r}")
         if not isinstance(self.pixel_unshuffle, int) or self.pixel_unshuffle < 1:
             raise ValueError(f"pixel_unshuffle: expected a positive integer, got {self.pixel_unshuffle!r}")
 
@@ -90,22 +94,34 @@ def condition_vector(conditions: Conditions, names: list[str], reference_distanc
 
     camera      1, sin el, cos el, sin az, cos az, sin 2 az, cos 2 az, 4 log(distance / reference_distance)
     background  1, 2 r - 1, 2 g - 1, 2 b - 1
+    pose        camera to world, row by row, as MVDream has it: Z up, the object facing +X, at distance 1
     """
     parts = []
     for name in names:
         value = getattr(conditions, name)
         if value is None:
-            device = next((v.device for v in (conditions.camera, conditions.background) if v is not None), None)
+            given = (conditions.camera, conditions.background, conditions.pose)
+            device = next((v.device for v in given if v is not None), None)
             parts.append(torch.zeros(len(conditions), CONDITION_SIZES[name], device=device))
             continue
         value = value.float()
-        one = torch.ones_like(value[:, 0])
-        if name == "camera":
+        one = torch.ones_like(value[..., 0])
+        if name == "pose":
+            columns = multiview_pose(value).unbind(1)
+        elif name == "camera":
             elevation, azimuth, distance = value.unbind(1)
             columns = [one, elevation.sin(), elevation.cos(), azimuth.sin(), azimuth.cos(),
                        (2 * azimuth).sin(), (2 * azimuth).cos(), 4 * torch.log(distance / reference_distance)]
         else:
             columns = [one, *(2 * value - 1).unbind(1)]
-        known = value.isfinite().all(1, keepdim=True)
+        known = value.flatten(1).isfinite().all(1, keepdim=True)
         parts.append(torch.where(known, torch.stack(columns, 1), 0.0))
     return torch.cat(parts, 1) if parts else torch.zeros(len(conditions), 0)
+
+
+def multiview_pose(pose: Tensor) -> Tensor:
+    """[B, 4, 4] camera to world, Y up and the object facing +Z -> [B, 16] in MVDream's world, at distance 1."""
+    turned = pose[:, [2, 0, 1, 3]]  # its x, y, z are our z, x, y
+    position = turned[:, :3, 3:]
+    at_one = torch.cat([turned[:, :3, :3], position / position.norm(dim=1, keepdim=True).clamp(min=1e-6)], 2)
+    return torch.cat([at_one, turned[:, 3:]], 1).flatten(1)

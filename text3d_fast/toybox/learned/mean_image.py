@@ -40,7 +40,7 @@ def series(first: Tensor, cos: Tensor, sin: Tensor, count: int) -> Tensor:
 
 
 def harmonics(vector: Tensor) -> Tensor:
-    """[B, HARMONICS] of condition vectors [B, >= 8] (`model_settings.condition_vector`); all zero without a camera.
+    """[B, HARMONICS] of condition vectors [B, >= 8] (`models.settings.condition_vector`); all zero without a camera.
 
     Products of 1, cos k az, sin k az (k <= TURN) and 1, cos 2 k el, sin 2 k el (k <= RISE).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ class ToyboxPrior(DiffusionPrior):
     normal_words = "normal map"
     flaw_words = "textureless"
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        for part in (self.unet.mean_image, self.unet.refiner):  # channels last pays for the U-Net's convolutions alone
+    @cached_property
+    def unet(self) -> Any:
+        network = super().unet
+        for part in (network.mean_image, network.refiner):  # channels last pays for the U-Net's convolutions alone
             part.to(memory_format=torch.contiguous_format)
+        return network
 
     def canonical(self, prompt: str) -> str:
         return canonical_prompt(prompt)

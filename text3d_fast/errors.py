@@ -29,3 +29,11 @@ class Interrupted(KeyboardInterrupt):
 
 class ModelWarning(UserWarning):
     """Something about a model, or about what was asked of it, that will make results worse."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says so, in whatever words: those of Python, of torch on either device, or of the loader."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "failed to map segment")
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(some in str(error) for some in words)

@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     pipeline(steps=1).run("a ball", out=tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("hidden: 8", "hidden: 9"))
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="has field.hidden = 9, but the checkpoint was made with 8"):
         DreamFusion(prior=RedBall(), device="cpu").run("a ball", out=tmp_path / "run", resume=True)
 
 

@@ -16,6 +16,7 @@ from text3d_fast.guidance import (
 )
 from text3d_fast.guidance.variants import BridgeDistillation, ClassifierScoreDistillation, IntervalScoreMatching
 from text3d_fast.pipelines import DreamFusion, Magic3D
+from text3d_fast.pipelines.checkpoint import save_state
 from text3d_fast.pipelines.run_folder import CHECKPOINT, RunFolder
 
 SMALL = {"size": 16, "field.max_resolution": 32, "field.log2_table_size": 8, "sampling.step": 0.2,
@@ -59,7 +60,7 @@ def test_a_run_goes_on_with_its_model_as_it_was(folder, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.open(config, resume=False)
     run.close()
-    (tmp_path / "run" / CHECKPOINT).write_bytes(b"x")
+    save_state(tmp_path / "run" / CHECKPOINT, {}, {"stage": "dreamfusion"})
     other = config.updated({"prior.prediction": "sample"})
     with pytest.raises(CheckpointError, match="holds a run with prior.prediction = None, not 'sample'"):
         RunFolder(tmp_path / "run").open(other, resume=True)

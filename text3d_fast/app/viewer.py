@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,11 +120,10 @@ def write_view(
 
 
 def export_views(
-    mesh_path: str | Path, folder: str | Path, count: int, settings: ViewSettings, device: torch.device | str = "cpu",
-    report: Callable[[int], Any] | None = None,
+    mesh_path: str | Path, folder: str | Path, count: int, settings: ViewSettings, device: torch.device | str = "cpu"
 ) -> Path:
     """`count` views once around, from the front: rgb_000.png and normal_000.png (world normals n / 2 + 1 / 2, before
-    black), and so on, as GPTEval3D takes them; the light turns with the camera. report: called with how many are done.
+    black), and so on, as GPTEval3D takes them; the light turns with the camera.
 
     Raises ValueError for a folder that holds anything else, OutputError if it cannot be written.
     """
@@ -149,8 +146,6 @@ def export_views(
         write_png(folder / f"rgb_{number:03}.png", view(mesh, placed, device=device).color[0])
         placed.background = (0.0, 0.0, 0.0)
         write_png(folder / f"normal_{number:03}.png", view(mesh, placed, device=device, mode="normals").color[0])
-        if report is not None:
-            report(number + 1)
     return folder
 
 

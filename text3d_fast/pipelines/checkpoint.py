@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from text3d_fast.errors import CheckpointError
 from text3d_fast.files import atomic_path
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -22,8 +23,9 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, An
     import safetensors
     from safetensors.torch import save_file
 
-    metadata = {"format": FORMAT, "about": json.dumps(about)}
     whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    description = json.dumps(about)
+    metadata = {"format": FORMAT, "about": description, "crc32": str(_checksum(whole, description))}
     with atomic_path(path) as part:
         try:
             save_file(whole, part, metadata=metadata)
@@ -34,7 +36,20 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], about: dict[str, An
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote. Raises CheckpointError if there is nothing, or it is not that."""
     with _opened(path) as (file, about):
-        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if str(_checksum(tensors, file.metadata()["about"])) != file.metadata()["crc32"]:
+            raise ValueError("its checksum is another one")
+        return tensors, about
+
+
+def _checksum(tensors: dict[str, Tensor], description: str) -> int:
+    """CRC-32 of the description and of every tensor with its name, dtype and shape."""
+    value = zlib.crc32(description.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def load_about(path: str | Path) -> dict[str, Any]:

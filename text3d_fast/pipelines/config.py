@@ -17,6 +17,8 @@ from text3d_fast.scene.cameras import CameraDistribution
 from text3d_fast.scene.lights import LightDistribution
 from text3d_fast.scene.shading import ShadingSchedule
 
+END = "\n...\n"  # of a configuration as it is saved, by which one can tell that nothing is missing
+
 
 @dataclass
 class GuidanceConfig:
@@ -286,7 +288,7 @@ class RunConfig:
     def to_yaml(self) -> str:
         import yaml
 
-        return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True, explicit_end=True)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "config.yaml") -> Self:
@@ -294,11 +296,13 @@ class RunConfig:
         import yaml
 
         try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+                raise ValueError("expected no references (*)")  # a few lines of them can mean gigabytes
             config = _build(cls, yaml.safe_load(text), "")
             check_ranges(config)
             return config
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise ValueError(f"{source}: {error}") from error
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -448,6 +452,12 @@ def require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}: expected a positive integer, got {getattr(config, name)}")
 
 
+def _short(value: Any) -> str:
+    """For a message, whatever it is."""
+    text = repr(value)
+    return text if len(text) < 100 else text[:97] + "..."
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
@@ -457,7 +467,7 @@ def _plain(value: Any) -> Any:
 def _build(kind: type, content: Any, path: str) -> Any:
     """A dataclass from nested dicts, with the types checked."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path or 'content'}: expected a mapping of settings, got {content!r}")
+        raise ValueError(f"{path or 'content'}: expected a mapping of settings, got {_short(content)}")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(content) - set(hints))
     if unknown:
@@ -483,16 +493,16 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return tuple(_checked(part, typing.get_args(hint)[0], where) for part in parts)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ValueError(f"{where}: expected two numbers, got {value!r}")
+            raise ValueError(f"{where}: expected two numbers, got {_short(value)}")
         return tuple(_checked(part, float, where) for part in value)
     if hint is float:
         # YAML reads 1e-3 without a dot as text
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError(f"{where}: expected a number, got {value!r}")
+            raise ValueError(f"{where}: expected a number, got {_short(value)}")
         try:
             return float(value)
         except ValueError:
-            raise ValueError(f"{where}: expected a number, got {value!r}") from None
+            raise ValueError(f"{where}: expected a number, got {_short(value)}") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: expected {hint.__name__}, got {_short(value)}")
     return value

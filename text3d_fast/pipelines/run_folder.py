@@ -19,8 +19,8 @@ from text3d_fast.files import write_text
 from text3d_fast.guidance.models.options import HARMLESS
 from text3d_fast.images import write_png
 from text3d_fast.pipelines.checkpoint import load_about, load_state, save_state
-from text3d_fast.pipelines.config import RunConfig
-from text3d_fast.pipelines.settings import value_of
+from text3d_fast.pipelines.config import END, RunConfig
+from text3d_fast.pipelines.settings import names_of, value_of
 from text3d_fast.pipelines.stage import Stage
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
@@ -32,6 +32,15 @@ CHANGEABLE = ("mesh_resolution", "faces", "texture", "checkpoint_every", "previe
 # `files.atomic_path` names of files that were not finished
 _LEFTOVER = re.compile(r"\.(mesh|turntable|views|preview|result|config|checkpoint)[\w-]*\.\w{8}\.\w+")
 Config = TypeVar("Config", bound=RunConfig)
+
+
+def _is_steps(name: str) -> bool:
+    return name.rpartition(".")[2] == "steps"
+
+
+def _may_change(name: str) -> bool:
+    """Whether a setting may be another one when a run goes on."""
+    return name in CHANGEABLE or _is_steps(name)
 
 
 @dataclass
@@ -66,6 +75,10 @@ class RunFolder:
         Raises OutputError if the folder holds another run or somebody else's files, is in use by another run, is
         missing (resume), or cannot be written.
         """
+        try:
+            self.path.exists()
+        except OSError as error:  # a name that is too long, for example
+            raise OutputError(f"cannot use the folder {self.path}: {error.strerror or error}") from error
         if resume:
             config = self._continued(config, any_steps, changes)
             self._take_lock()
@@ -147,25 +160,39 @@ class RunFolder:
             if name not in HARMLESS and there != getattr(asked.prior, name):
                 raise CheckpointError(f"{self.path} holds a run with prior.{name} = {there!r}, not "
                                       f"{getattr(asked.prior, name)!r}; give it again, or {again}")
-        steps = [name for name in changes if name.rpartition(".")[2] == "steps"]
-        any_steps = any_steps and not steps
+        about = load_about(self / CHECKPOINT)
+        self._check_settings(saved, about)
+        any_steps = any_steps and not any(_is_steps(name) for name in changes)
         for name in changes:
-            if name not in (*CHANGEABLE, *steps) and value_of(saved, name) != value_of(asked, name):
+            if not _may_change(name) and value_of(saved, name) != value_of(asked, name):
                 raise CheckpointError(f"{self.path} holds a run with {name} = {value_of(saved, name)!r}; {again}")
         saved = saved.updated({name: value_of(asked, name) for name in changes if name in CHANGEABLE})
         if not any_steps and asked.total_steps() != saved.total_steps():
             if asked.total_steps() < saved.total_steps():
                 raise CheckpointError(f"{self.path} holds a run with steps = {saved.total_steps()}, more than "
                                       f"{asked.total_steps()}; it can go on to more, not fewer")
-            saved = saved.with_steps(asked.total_steps(), load_about(self / CHECKPOINT).get("stage"))
+            saved = saved.with_steps(asked.total_steps(), about.get("stage"))
         return saved
+
+    def _check_settings(self, saved: Config, about: Mapping[str, Any]) -> None:
+        """CheckpointError if config.yaml is not that of the checkpoint, but for what may change when a run goes on."""
+        made_with = about.get("settings")
+        for name in names_of(saved):
+            if isinstance(made_with, dict) and name in made_with and not _may_change(name):
+                there, value = made_with[name], value_of(saved, name)
+                if there != (list(value) if isinstance(value, tuple) else value):
+                    raise CheckpointError(f"{self / CONFIG} has {name} = {value!r}, but the checkpoint was made with "
+                                          f"{there!r}; set it back, or choose another folder with --out")
 
     def saved_config(self, kind: type[Config]) -> Config:
         """The configuration of the run in this folder."""
         try:
-            return kind.load(self / CONFIG)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self / CONFIG}: {error.strerror or error}") from error
+            text = (self / CONFIG).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {self / CONFIG}: {getattr(error, 'strerror', '') or error}") from error
+        if not text.endswith(END):
+            raise CheckpointError(f"{self / CONFIG} is damaged: its end is missing")
+        return kind.from_yaml(text, str(self / CONFIG))
 
     def discard(self) -> None:
         """Remove what `open` made, if nothing came of it."""
@@ -198,13 +225,16 @@ class RunFolder:
             write_png(self / PREVIEW, stage.preview())
 
     def _write(self, path: Path, stage: Stage) -> None:
-        about = {"stage": stage.name, "step": stage.step_done, "seconds": stage.seconds, "prompt": stage.run.prompt}
+        settings = {name: value_of(stage.run, name) for name in names_of(stage.run)}
+        about = {"stage": stage.name, "step": stage.step_done, "seconds": stage.seconds, "settings": settings}
         save_state(path, stage.tensors(), about)
 
     def _read(self, path: Path, stages: Sequence[str]) -> Checkpoint:
         tensors, about = load_state(path)
-        if not isinstance(about.get("step"), int) or not isinstance(about.get("stage"), str):
-            raise CheckpointError(f"{path} is damaged (no stage or step); delete it and start again")
+        step, seconds = about.get("step"), about.get("seconds")
+        if not (type(step) is int and step >= 0 and isinstance(about.get("stage"), str)
+                and isinstance(seconds, int | float) and 0 <= seconds < 1e12):
+            raise CheckpointError(f"{path} is damaged (no stage, step or seconds); delete it and start again")
         if about["stage"] not in stages:
             raise CheckpointError(f"{path} is of the stage {about['stage']}, expected {' or '.join(stages)}")
-        return Checkpoint(about["stage"], about["step"], float(about.get("seconds", 0.0)), tensors)
+        return Checkpoint(about["stage"], step, float(seconds), tensors)

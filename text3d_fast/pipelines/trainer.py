@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from text3d_fast.errors import Interrupted
+from text3d_fast.errors import Interrupted, OutputError, is_out_of_memory
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.stage import Stage, StepState, StopRequest
 
@@ -55,7 +55,7 @@ class Trainer:
         with catch_interrupt() as interrupt:
             while stage.step_done < stage.config.steps:
                 started = time.perf_counter()
-                state = stage.step()
+                state = self._step(stage)
                 stage.step_done += 1
                 recent.append(time.perf_counter() - started)
                 stage.seconds += recent[-1]
@@ -66,6 +66,18 @@ class Trainer:
                     self.folder.after_step(stage, force=interrupt.requested)
                 if interrupt.requested:
                     raise Interrupted(stage.step_done)
+
+    def _step(self, stage: Stage) -> StepState:
+        """One step. If memory does not suffice for it, what was done before is saved first."""
+        drawn = stage.generator.get_state()
+        try:
+            return stage.step()
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error) and self.folder is not None and stage.step_done:
+                stage.generator.set_state(drawn)
+                with contextlib.suppress(MemoryError, OutputError):
+                    self.folder.after_step(stage, force=True)
+            raise
 
 
 @contextlib.contextmanager

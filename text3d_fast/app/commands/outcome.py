@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from text3d_fast.errors import EmptyMesh, is_out_of_memory
+
 USER_ERROR, EMPTY_MESH, INTERRUPTED = 2, 3, 130
 
 
@@ -16,18 +18,12 @@ def fail(message: str) -> int:
 def explain(error: Exception) -> int | None:
     """Say in one sentence what a run failed of; returns the exit status. None: not foreseen, so the traceback may help.
     """
-    from text3d_fast.errors import EmptyMesh
-
+    text = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
     if isinstance(error, EmptyMesh):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return EMPTY_MESH
-    text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_about_memory(text)):
+    if is_out_of_memory(error):
         return fail("not enough memory" + (f" ({text.splitlines()[0][:200]})" if text else "") + ": choose smaller "
                     "settings, e.g. --set size=32 sampling.step=0.08, or free some")
     backend = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or "backend" in text)
     return fail(text) if backend or isinstance(error, OSError | ValueError | ImportError) else None
-
-
-def _is_about_memory(text: str) -> bool:
-    return any(words in text for words in ("out of memory", "allocate memory", "not enough memory"))

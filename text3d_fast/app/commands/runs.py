@@ -19,6 +19,7 @@ from text3d_fast.app.commands.outcome import INTERRUPTED, explain, fail
 from text3d_fast.errors import EmptyMesh, Interrupted
 
 CHECKPOINT = "checkpoint.safetensors"
+LEAST_MEMORY = 700 << 20  # of addresses
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,7 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
         progress = stack.enter_context(Progress(options.quiet))
         progress.say("loading")  # seconds
         try:
+            check_memory()
             settings = dict(parse_setting(text) for text in options.set)
             set_threads(options)
             if options.mp4:
@@ -136,9 +138,24 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
             status = explain(error)
             if status is None:
                 raise
+            if progress.stage is not None and (job.out / CHECKPOINT).is_file():
+                print(f"The last checkpoint is in {job.out}. To go on:\n  {resume_command(command, options, out)}",
+                      file=sys.stderr)
             return status
     print(f"\n{what}. To go on:\n  {resume_command(command, options, out)}", file=sys.stderr)
     return INTERRUPTED
+
+
+def check_memory() -> None:
+    """MemoryError where torch could not even be loaded: its libraries would end the process in their own way."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_MEMORY:
+        raise MemoryError(f"this process may have {limit >> 20} MB, by ulimit -v, and needs {LEAST_MEMORY >> 20} to "
+                          f"begin with")
 
 
 def check_video() -> None:

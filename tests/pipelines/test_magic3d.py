@@ -93,6 +93,13 @@ def test_resume_is_exact_in_either_stage(finished, tmp_path, stop):
     torch.testing.assert_close(resumed.mesh.colors, whole.mesh.colors, rtol=0, atol=0)
 
 
+def test_a_run_is_not_resumed_with_another_fine_model(finished):
+    folder, _ = finished
+    other = Magic3D(prior=RedBall(), device="cpu", settings=SETTINGS, fine_model="analytic-fine")
+    with pytest.raises(CheckpointError, match="fine_model = '', not 'analytic-fine'"):
+        other.run("a ball", out=folder, resume=True)
+
+
 def test_a_mesh_that_vanishes_is_stepped_back_and_said(tmp_path):
     seen = []
 

@@ -152,8 +152,8 @@ class RunFolder:
             raise CheckpointError(f"nothing to resume: there is no {self / CHECKPOINT}")
         saved = self.saved_config(type(asked))
         again = "resume it with its own settings, or choose another folder with --out"
-        for name in ("pipeline", "prompt", "model", "seed"):
-            there, wanted = getattr(saved, name), getattr(asked, name)
+        for name in ("pipeline", "prompt", "model", "fine_model", "seed"):
+            there, wanted = getattr(saved, name, None), getattr(asked, name, None)
             if there != wanted:
                 raise CheckpointError(f"{self.path} holds a run with {name} = {there!r}, not {wanted!r}; {again}")
         for name, there in asdict(saved.prior).items():

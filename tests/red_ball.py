@@ -33,7 +33,7 @@ class RedBall(Prior):
         self.seen.append(conditions)
         axis = torch.linspace(-1, 1, 12)
         disc = (axis[:, None] ** 2 + axis**2 < 0.4)[None, None].float()
-        ground = conditions.background[:, :, None, None]
+        ground = conditions.background.cpu()[:, :, None, None]
         clean = 2 * (disc * torch.tensor(self.color)[:, None, None] + (1 - disc) * ground) - 1
         alpha, sigma = (value.to(x_t)[:, None, None, None] for value in self.schedule.alpha_sigma(t))
-        return (x_t - alpha * clean) / sigma.clamp(min=1e-3)
+        return (x_t - alpha * clean.to(x_t)) / sigma.clamp(min=1e-3)

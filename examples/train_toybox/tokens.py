@@ -5,9 +5,12 @@ The folder it saves is an ordinary CLIP tokenizer; words outside the list fall a
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 
 from transformers import CLIPTokenizer
 
@@ -56,4 +59,9 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     letters, merges = _byte_letters(), train_merges(words)
     pieces = [*letters, *(letter + _END for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
     vocabulary = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # from files, as transformers 4 and 5 both take them
+        files = {"vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+                 "merges.txt": "#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in merges)}
+        for name, text in files.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)

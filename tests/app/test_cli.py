@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -89,6 +90,17 @@ def test_ctrl_c_while_the_mesh_is_made_says_how_to_go_on(red_ball, tmp_path, cap
     assert "text3d-fast generate 'a ball' --resume" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_it_loads(tmp_path, capsys, monkeypatch):
+    from text3d_fast.pipelines import pipeline
+
+    def press(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "load_prior", press)
+    assert cli.main(["generate", "a ball", "--out", str(tmp_path / "run")]) == INTERRUPTED
+    assert capsys.readouterr().err.splitlines() == ["loading", "interrupted"] and not (tmp_path / "run").exists()
+
+
 def test_an_empty_mesh_has_its_own_exit_status(red_ball, tmp_path, capsys):
     words = ["generate", "a ball", "--out", str(tmp_path / "run"), *SMALL, "field.sharpness=1e-9"]
     assert cli.main(words) == EMPTY_MESH
@@ -168,6 +180,64 @@ def test_magic3d_and_its_edit(red_ball, tmp_path, capsys, monkeypatch):
     assert "config.yaml" in capsys.readouterr().err
 
 
+def prolific(*more):
+    """The options of a run of prolificdreamer that takes seconds."""
+    of_run = ("mesh_resolution", "preview_every", "checkpoint_every")
+    small = [text if text.startswith(of_run) else f"vsd.{text}" for text in SMALL[1:]]
+    surfaces = [f"{stage}.{name}" for stage in ("geometry", "texturing")
+                for name in ("steps=2", "size=24", "surface.resolution=16")]
+    return ["generate", "a ball", "--pipeline", "prolificdreamer", *more, "--set", *small, *surfaces]
+
+
+def test_particles(red_ball, tmp_path, monkeypatch, capsys):
+    from text3d_fast.pipelines import mesh_stage
+
+    monkeypatch.setattr(mesh_stage, "choose_threshold", lambda *_: ("auto", 1.0))
+    out = tmp_path / "run"
+    assert cli.main(prolific("--particles", "3", "--out", str(out))) == 0
+    assert {"mesh.glb", "mesh-2.glb", "mesh-3.glb", "turntable-3.gif"} <= {path.name for path in out.iterdir()}
+    figures = json.loads((out / "result.json").read_text())
+    assert figures["particles"] == 3 and len(figures["assets"]) == 3 and figures["pipeline"] == "prolificdreamer"
+    lines = capsys.readouterr().err
+    assert all(f"{stage}: step" in lines for stage in ("vsd", "geometry", "texturing"))
+    # one stage alone, and the next one from its folder
+    assert cli.main(prolific("--particles", "2", "--stage", "vsd", "--out", str(tmp_path / "vsd"))) == 0
+    begin = ["--stage", "geometry", "--start", str(tmp_path / "vsd"), "--particles", "2"]
+    assert cli.main(prolific(*begin, "--out", str(tmp_path / "geometry"))) == 0
+    assert (tmp_path / "geometry" / "mesh-2.glb").is_file()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--particles", "2"], "--particles: only --pipeline prolificdreamer has it"),
+    (["--preset", "small"], "--preset: only --pipeline prolificdreamer has it"),
+    (["--pipeline", "prolificdreamer", "--particles", "0"], "particles: expected"),
+    (["--pipeline", "prolificdreamer", "--particles", "-1"], "particles: expected"),
+    (["--pipeline", "prolificdreamer", "--stage", "coarse"], "stage: expected one of vsd, geometry, texturing"),
+    (["--pipeline", "prolificdreamer", "--stage", "texturing"], "the stage texturing begins with a finished"),
+])
+def test_mistakes_about_particles(red_ball, words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", "a ball", *words]) == USER_ERROR
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_presets(red_ball, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "250")
+    words = ["generate", "a ball", "--pipeline", "prolificdreamer", "--help-settings"]
+
+    def settings(*more):
+        assert cli.main([*words, *more]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {row[0]: row[1] for row in rows if len(row) > 1}
+
+    plain, small, scene = settings(), settings("--preset", "small"), settings("--preset", "scene")
+    assert plain["vsd.steps"] != small["vsd.steps"] == "300" and small["mesh_resolution"] == "96"
+    assert small["texturing.size"] == "128" and scene["vsd.field.blob_profile"] == "gaussian"
+    # what is asked for by name wins over the preset
+    assert settings("--preset", "small", "--set", "vsd.steps=7")["vsd.steps"] == "7"
+    assert settings("--preset", "small", "--particles", "4")["particles"] == "4"
+
+
 def test_version_and_settings(red_ball, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["--version"]) == 0 and "text3d-fast" in capsys.readouterr().out
@@ -229,3 +299,15 @@ def test_mp4(red_ball, tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "red.mp4", frames, fps=10)
     seen = imageio.v3.imread(tmp_path / "red.mp4", plugin="FFMPEG")
     assert seen.shape == (5, 16, 16, 3) and seen[..., 0].min() > 200 and seen[..., 1].max() < 60
+
+
+@pytest.mark.parametrize("given, policy", [
+    ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "7"}, "None")])
+def test_waiting_threads_sleep_unless_told_otherwise(given, policy):
+    code = ("import os, sys, text3d_fast.app as app\n"
+            "from text3d_fast.app import cli\n"
+            "cli.main = lambda: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)\n"
+            "app.main()")
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | given)
+    assert done.stdout.split() == [policy, "False"], done.stderr

@@ -14,7 +14,8 @@ def main() -> int:
         print(f"error: the command line needs {', '.join(missing)}: pip install 'text3d-fast[generate]' "
               f"(from a clone: pip install '.[generate]')", file=sys.stderr)
         return 2
-    from text3d_fast.app import cli, memory
+    from text3d_fast.app import cli, memory, threads
 
     memory.keep_freed_memory()
+    threads.sleep_when_waiting()
     return cli.main()

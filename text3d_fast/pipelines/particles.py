@@ -86,7 +86,8 @@ class ParticleStage(Stage):
         loss = len(chosen) * distilled.loss + sum(look.penalties for look in looks)
         for particle in chosen:
             particle.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:  # pictures that show nothing of a surface that stays as it is move nothing
+            loss.backward()
         for particle in chosen:
             particle.optimizer.step()
         self.after(images, conditions)

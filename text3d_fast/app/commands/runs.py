@@ -86,6 +86,7 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
         return fail(f"--steps: expected a positive number, got {options.steps}")
     from text3d_fast.app.progress import Progress
 
+    job = next(iter(jobs), None)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(options.quiet))
         progress.say("loading")  # seconds
@@ -95,12 +96,13 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
             set_threads(options)
             if options.mp4:
                 check_video()
-            watchers = [progress]
+            watchers, live = [progress], None
             if options.live:
                 from text3d_fast.app.live import LiveView
 
-                watchers.append(stack.enter_context(LiveView(port=options.port, say=progress.say)))
-                progress.say(f"live at {watchers[1].address}")
+                live = stack.enter_context(LiveView(port=options.port, say=progress.say))
+                watchers.append(live)
+                progress.say(f"live at {live.address}")
 
             def step(number: int, state: Any) -> None:
                 for watcher in watchers:
@@ -124,14 +126,14 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                     outcome, status = error, explain(error)
                 if command.finished is not None:
                     command.finished(job, outcome)
-            if options.live:
+            if live is not None:
                 with contextlib.suppress(KeyboardInterrupt):
-                    watchers[1].wait()
+                    live.wait()
             return status
         except Interrupted as stop:
             what = f"Stopped after step {stop.step}; everything is saved in {job.out}"
         except KeyboardInterrupt:  # before the first step, or while the mesh is made
-            if not (job.out / CHECKPOINT).is_file():
+            if job is None or not (job.out / CHECKPOINT).is_file():
                 raise
             what = f"Stopped; the last checkpoint is in {job.out}"
         except Exception as error:

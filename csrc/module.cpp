@@ -16,6 +16,7 @@
 #include "hash_grid/hash_grid.h"
 #include "mlp/mlp.h"
 #include "render_field/render_field.h"
+#include "segmented_scan/segmented_scan.h"
 
 // clang-format off
 #define TEXT3D_ENTRIES(TEXT3D_ENTRY)                                    \
@@ -54,6 +55,10 @@
   TEXT3D_ENTRY(antialias_backward, AntialiasBackwardParams)             \
   TEXT3D_ENTRY(texture_forward, TextureParams)                          \
   TEXT3D_ENTRY(texture_backward, TextureBackwardParams)                 \
+                                                                        \
+  /* segmented_scan */                                                  \
+  TEXT3D_ENTRY(segmented_scan_forward, SegmentedScanForwardParams)      \
+  TEXT3D_ENTRY(segmented_scan_backward, SegmentedScanBackwardParams)    \
 
 // no CUDA kernels yet
 #define TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)                                \

@@ -26,6 +26,7 @@ LAUNCH = {
     "rasterize_pixels": Launch(128, 4, fuse=False),
     "rasterize_tiles": Launch(256, 4, fuse=False),
     "rasterize_triangles": Launch(32, 1, fuse=False),
+    "segmented_scan": Launch(32, 1, 4),
     "texture": Launch(128, 4),
 }
 TILE_VALUES = 4096  # of a tile of elements by channels, four warps

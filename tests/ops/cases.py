@@ -29,6 +29,12 @@ def composite(device: torch.device, generator: torch.Generator) -> Case:
     return lambda sigma, values: ops.composite(sigma, values, samples).values, leaves
 
 
+def segmented_scan(device: torch.device, generator: torch.Generator) -> Case:
+    offsets = _samples(device).ray_offsets
+    return (lambda values: ops.segmented_scan(values, offsets, "product", True),
+            [torch.rand(7, generator=generator, device=device)])
+
+
 def _grid_leaves(device: torch.device, generator: torch.Generator) -> list[torch.Tensor]:
     return [torch.rand(5, 3, generator=generator, device=device),
             torch.randn(SPEC.num_params, generator=generator, device=device)]
@@ -95,5 +101,5 @@ def marching_tets_a15(device: torch.device, generator: torch.Generator) -> Case:
 
 
 CASES = {case.__name__: case for case in (
-    composite, hash_grid, hash_grid_half, hash_grid_grad, hash_grid_vjp, rasterize, interpolate, texture, antialias,
-    marching_tets_kuhn, marching_tets_a15)}
+    composite, segmented_scan, hash_grid, hash_grid_half, hash_grid_grad, hash_grid_vjp, rasterize, interpolate,
+    texture, antialias, marching_tets_kuhn, marching_tets_a15)}

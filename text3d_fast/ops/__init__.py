@@ -12,6 +12,7 @@ from text3d_fast.ops.prune_samples import prune_samples
 from text3d_fast.ops.rasterize import DepthPeeler, rasterize
 from text3d_fast.ops.render_field import FieldRendering, FieldSpec, PointLights, render_field, renders_fused
 from text3d_fast.ops.samples import RaySamples
+from text3d_fast.ops.segmented_scan import segmented_scan
 from text3d_fast.ops.tet_grid import TetGrid
 from text3d_fast.ops.texture import mip_stack, texture
 
@@ -41,5 +42,6 @@ __all__ = [
     "rasterize",
     "render_field",
     "renders_fused",
+    "segmented_scan",
     "texture",
 ]

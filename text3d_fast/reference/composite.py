@@ -2,29 +2,9 @@
 
 import torch
 
+from text3d_fast.reference.segmented_scan import segmented_scan
+
 MINIMUM_OPACITY = 1e-10  # below it depth and variance are 0 and pass no gradient
-
-
-def sums_before(per_sample: torch.Tensor, ray_offsets: torch.Tensor) -> torch.Tensor:
-    """The sum of the samples before each one on its own ray; per_sample [S] with S = ray_offsets[-1].
-
-    A segmented scan (Hillis and Steele 1986): log2(longest ray) steps, each adds the partial sum a power of two before.
-    One running sum over all rays would lose the digits of a ray among those before it, and a NaN would reach them all.
-    """
-    counts = ray_offsets.diff()
-    total = per_sample.shape[0]
-    position = torch.arange(total, device=per_sample.device)
-    position = position - torch.repeat_interleave(ray_offsets[:-1].long(), counts, output_size=total)
-    longest = int(counts.max()) if len(counts) else 0
-
-    def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-        return torch.where(position >= by, torch.cat([x.new_zeros(by), x[:-by]]), 0)
-
-    sums, reach = shifted(per_sample, 1) if total else per_sample, 1
-    while reach < longest:  # sums holds those of the `reach` samples before
-        sums = sums + shifted(sums, reach)
-        reach *= 2
-    return sums
 
 
 def composite(
@@ -42,7 +22,7 @@ def composite(
     ids = ray_ids[:count].long()
     sigma, values, t_starts, t_ends = (x[:count] for x in (sigma, values, t_starts, t_ends))
     optical = sigma * (t_ends - t_starts)
-    transmittance = torch.exp(-sums_before(optical, ray_offsets))
+    transmittance = torch.exp(-segmented_scan(optical, ray_offsets, "sum", exclusive=True, reverse=False))
     weights = transmittance * -torch.expm1(-optical)
     weights = torch.where(transmittance < early_stop, torch.zeros_like(weights), weights)
 

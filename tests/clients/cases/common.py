@@ -27,11 +27,13 @@ def camera(size: int, distance: float = 3.0, spread: float = 0.35):
     return torch.tensor([0.0, 0.0, distance]).expand_as(directions).contiguous(), directions
 
 
-def dense_picture(field, origins, directions, near: float, far: float, step: float, estimator=None):
+def dense_picture(field, origins, directions, near: float, far: float, step: float, estimator=None,
+                  thinnest: float | None = None):
     """Every interval of the ray in plain torch, before white: colours [rays, 3], opacities [rays, 1].
 
     estimator: an occupancy grid; what is in none of its occupied cells is left out. (It may miss cells that the ball
     only touches, as it looks at one random point of each.)
+    thinnest: left out, too, are intervals of a smaller opacity, and those that less than 1e-4 of the light reaches.
     """
     edges = torch.arange(near, far, step)
     middles = edges + step / 2
@@ -40,7 +42,10 @@ def dense_picture(field, origins, directions, near: float, far: float, step: flo
     if estimator is not None:
         sigma = sigma[:, 0] * _query(points.view(-1, 3), estimator.binaries, estimator.aabbs[0])[0]
     rgb, optical = rgb.view(*points.shape), sigma.view(points.shape[:-1]) * step
-    weights = torch.exp(-(optical.cumsum(1) - optical)) * (1 - torch.exp(-optical))
+    transmittance = lambda optical: torch.exp(-(optical.cumsum(1) - optical))
+    if thinnest is not None:
+        optical = optical * ((transmittance(optical) >= 1e-4) & (1 - torch.exp(-optical) >= thinnest))
+    weights = transmittance(optical) * (1 - torch.exp(-optical))
     opacity = weights.sum(1, keepdim=True)
     return (weights[..., None] * rgb).sum(1) + 1 - opacity, opacity
 

@@ -185,7 +185,9 @@ def results(function: Callable, leaves: list[torch.Tensor], gradient: bool) -> l
         with torch.no_grad():
             return function(*leaves)
     outputs = function(*leaves)
-    return list(torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs]))
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator) for o in outputs]
+    return list(torch.autograd.grad(outputs, leaves, cotangents))
 
 
 def measure(case: Case, gradient: bool, rounds: int = 7) -> str:

@@ -162,9 +162,10 @@ def tinycudann_cases() -> Iterator[Case]:
 
         return ours, theirs, [module.params.detach().clone()]
 
-    yield Case("tinycudann HashGrid, L16 F2 T19, 2^17 points", *of(encoding, x))
+    # a rounding of the position, 4096 cells wide, moves a value by 2e-4 of its entries
+    yield Case("tinycudann HashGrid, L16 F2 T19, 2^17 points", *of(encoding, x), 2e-3)
     features = torch.rand(2**17, 32)
-    yield Case("tinycudann FullyFusedMLP, 64 wide, 2 hidden layers, 2^17 points", *of(mlp, features), 1e-2)
+    yield Case("tinycudann FullyFusedMLP, 64 wide, 2 hidden layers, 2^17 points", *of(mlp, features), 1e-2)  # halves
     yield Case("tinycudann NetworkWithInputEncoding of the two", *of(both, x), 1e-2)
 
 

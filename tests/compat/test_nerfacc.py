@@ -410,12 +410,17 @@ def test_exported_and_in_half_precision():
 
     class Renderer(torch.nn.Module):
         def forward(self, t0, t1, rays, sigma, rgb):
-            return nerfacc.rendering(t0, t1, rays, 7, lambda *_: (rgb, sigma))[:3]
+            weights = nerfacc.render_weight_from_density(t0, t1, sigma, ray_indices=rays, n_rays=7)[0]
+            loss = nerfacc.distortion(weights, t0, t1, rays, 7)
+            return *nerfacc.rendering(t0, t1, rays, 7, lambda *_: (rgb, sigma))[:3], loss
 
     arguments = (t0, t1, RAYS, sigma, rgb)
     expected = Renderer()(*arguments)
     for a, b in zip(torch.export.export(Renderer(), arguments).module()(*arguments), expected):
         torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(Renderer()(*arguments), expected):
+            torch.testing.assert_close(a, b)
     half = Renderer()(t0, t1, RAYS, sigma.bfloat16(), rgb.bfloat16())
     assert half[0].dtype == torch.float32
     torch.testing.assert_close(half[0], expected[0], atol=2e-2, rtol=0)  # bfloat16 has 8 bits

@@ -93,6 +93,39 @@ def test_checkpoints_load_both_ways():
         assert torch.equal(other.params, small.params) and other.n_output_dims == 2
 
 
+@pytest.mark.parametrize("level, resolution, offset, hashed", [(0, 4, 0, False), (1, 6, 64, False), (2, 9, 280, True)])
+def test_where_a_grid_keeps_its_entries(level, resolution, offset, hashed):
+    """Scale base^level - 1, half a cell aside; x first up to 2^T entries, otherwise the xor of primes times x, y, z."""
+    model = tcnn.Encoding(3, SMALL, dtype=torch.float32)
+    assert model.params.shape == (2 * (64 + 216 + 256),)  # levels rounded up to 8 entries, two features side by side
+    with torch.no_grad():
+        model.params.copy_(torch.arange(len(model.params)))
+    for p in ((1, 2, 3), (3, 1, 0), (resolution - 1, 2, 1)):
+        entry = sum(x * resolution**d for d, x in enumerate(p))
+        if hashed:
+            entry = (p[0] ^ p[1] * 2654435761 ^ p[2] * 805459861) % 2**32 % 256
+        x = (torch.tensor([p]) - 0.5) / (4 * 1.5**level - 1)
+        y = model(x.to(model.params.device))[0, 2 * level : 2 * level + 2]
+        assert y.tolist() == pytest.approx([2 * (offset + entry), 2 * (offset + entry) + 1], abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_dtypes_are_the_original_s(dtype, device):
+    """Half out of encodings, unless float32 is asked for, and out of networks; params and their gradients float32; the
+    gradient by x in the dtype of x. The same on either device."""
+    modules = {tcnn.Encoding(3, SMALL, dtype=dtype): dtype or torch.float16, tcnn.Network(3, 2, FUSED): torch.float16,
+               tcnn.NetworkWithInputEncoding(3, 2, SMALL, FUSED): torch.float16}
+    for module, out in modules.items():
+        assert module.dtype == out and module.loss_scale == (128 if out == torch.float16 else 1)
+        module.to(device)
+        for kind in (torch.float32, torch.float16):
+            x = torch.rand(7, 3, device=device).to(kind).requires_grad_()
+            y = module(x)
+            assert y.dtype == out and y.shape == (7, module.n_output_dims) and y.device == x.device
+            gradients = torch.autograd.grad(y.float().sum(), (x, module.params))
+            assert [g.dtype for g in gradients] == [kind, torch.float32]
+
+
 def test_frequency():
     y = encode([[0.25, 1.0]], otype="Frequency", n_frequencies=2)
     root = math.sqrt(0.5)

@@ -4,12 +4,13 @@ float64 goes through its reference, everything else is computed in float32 or be
 of times; products once, also at 0.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-from text3d_fast import ops
+from text3d_fast import ops, use_backend
 from text3d_fast.compat.nerfacc.pack import pack_info
-from text3d_fast.reference.segmented_scan import segmented_scan as reference_segmented_scan
 
 
 def inclusive_sum(inputs: Tensor, packed_info: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
@@ -55,6 +56,6 @@ def _is_batched(inputs: Tensor, packed_info: Tensor | None, indices: Tensor | No
 def _packed(inputs: Tensor, packed_info: Tensor | None, indices: Tensor | None, op: str, exclusive: bool) -> Tensor:
     counts = (pack_info(indices) if packed_info is None else packed_info)[:, 1]
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-    if inputs.dtype == torch.float64:
-        return reference_segmented_scan(inputs, offsets, op, exclusive, False)
-    return ops.segmented_scan(inputs.float(), offsets, op, exclusive).to(inputs.dtype)
+    double = inputs.dtype == torch.float64
+    with use_backend("reference") if double else contextlib.nullcontext():
+        return ops.segmented_scan(inputs if double else inputs.float(), offsets, op, exclusive).to(inputs.dtype)

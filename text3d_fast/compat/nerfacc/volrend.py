@@ -120,9 +120,9 @@ def render_transmittance_from_density(
     prefix_trans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> T_i = exp(-sum_{j<i} sigma_j delta_j) and alpha_i = 1 - exp(-sigma_i delta_i), in the shape of sigmas."""
-    optical = sigmas * (t_ends - t_starts)
-    trans = torch.exp(-exclusive_sum(optical, **_as_packed(packed_info, ray_indices, n_rays)))
-    return trans if prefix_trans is None else trans * prefix_trans, 1.0 - torch.exp(-optical)
+    exponent = sigmas * (t_starts - t_ends)  # minus the optical depth: four negations less in all
+    trans = torch.exp(exclusive_sum(exponent, **_as_packed(packed_info, ray_indices, n_rays)))
+    return trans if prefix_trans is None else trans * prefix_trans, 1.0 - torch.exp(exponent)
 
 
 def render_weight_from_alpha(

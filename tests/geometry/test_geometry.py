@@ -149,7 +149,7 @@ def test_normal_map_gives_back_the_fine_normals(textured):
     mesh = geometry.bake_normals(textured, ripples, 256)
     rast, texels = geometry.bake._rasterized(mesh, 256)
     points, normals, frame = (geometry.bake._at_texels(values, rast, faces, texels) for values, faces in (
-        (mesh.vertices, mesh.faces), (mesh.normals, mesh.faces), (geometry.tangents(mesh), mesh.uv_faces)))
+        (mesh.vertices, mesh.faces), (mesh.normals, mesh.faces), (mesh.tangents(), mesh.uv_faces)))
     unit = torch.nn.functional.normalize
     normals, along = unit(normals, dim=1), unit(frame[:, :3], dim=1)
     weights = unit(2 * mesh.normal_map.flip(0).reshape(-1, 3)[texels] - 1, dim=1)
@@ -160,7 +160,7 @@ def test_normal_map_gives_back_the_fine_normals(textured):
     # u grows along the tangent, v along sign * cross(normal, tangent)
     corners, places = mesh.corners(), mesh.uv[mesh.uv_faces.long()]
     edge, step = corners[:, 1] - corners[:, 0], places[:, 1] - places[:, 0]
-    first = geometry.tangents(mesh)[mesh.uv_faces[:, 0].long()]
+    first = mesh.tangents()[mesh.uv_faces[:, 0].long()]
     up = first[:, 3:] * torch.linalg.cross(mesh.normals[mesh.faces[:, 0].long()], first[:, :3])
     for axis, k in ((first[:, :3], 0), (up, 1)):
         grown = (edge * axis).sum(1)

@@ -1,6 +1,6 @@
 """Meshes: extraction from fields, cleaning, UV atlas, texture baking, GLB, OBJ, PLY and STL files."""
 
-from text3d_fast.geometry.atlas import tangents, unwrap
+from text3d_fast.geometry.atlas import unwrap
 from text3d_fast.geometry.bake import bake_normals, bake_texture, nearest_normals
 from text3d_fast.geometry.clean import CleaningReport, Dropped, clean_mesh
 from text3d_fast.geometry.decimate import decimate
@@ -26,7 +26,6 @@ __all__ = [
     "nearest_normals",
     "read_mesh",
     "sample_colors",
-    "tangents",
     "unwrap",
     "write_mesh",
 ]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 
 from text3d_fast import ops
-from text3d_fast.geometry.atlas import tangents
 from text3d_fast.geometry.extract import sample_colors
 from text3d_fast.geometry.mesh import Mesh
 
@@ -46,7 +45,7 @@ def bake_normals(
         raise ValueError("normal_fn: expected finite normals, got NaN or infinity")
     unit = torch.nn.functional.normalize
     outwards = unit(_at_texels(mesh.normals, rast, mesh.faces, filled), dim=1)
-    frame = _at_texels(tangents(mesh), rast, mesh.uv_faces, filled)
+    frame = _at_texels(mesh.tangents(), rast, mesh.uv_faces, filled)
     along = frame[:, :3] - (frame[:, :3] * outwards).sum(1, keepdim=True) * outwards
     along = unit(along, dim=1)
     up = torch.sign(frame[:, 3:]) * torch.linalg.cross(outwards, along)

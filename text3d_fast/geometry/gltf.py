@@ -13,7 +13,6 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 import torch
 
-from text3d_fast.geometry.atlas import tangents
 from text3d_fast.geometry.mesh import Mesh
 from text3d_fast.geometry.parts import MOST_FACES, Material, Part, note, placed, to_linear, to_srgb
 from text3d_fast.images import beside, read_image, to_bytes
@@ -242,11 +241,15 @@ class _Reader:
                 moved = place.get("extensions", {}).get("KHR_texture_transform", {})
                 channel = moved.get("texCoord", place.get("texCoord", 0))
                 transform = _texture_transform(moved)
-                self._texture(material, place.get("index"))
+                material.texture = self._texture(material, place.get("index"))
+            bumps = entry.get("normalTexture")
+            if bumps is not None and bumps.get("texCoord", 0) == channel and (transform == np.eye(3)).all():
+                material.normal_map = self._texture(material, bumps.get("index"))
             self.materials[index] = material, channel, transform
         return self.materials[index]
 
-    def _texture(self, material: Material, index) -> None:
+    def _texture(self, material: Material, index) -> np.ndarray | None:
+        """The picture, and its way of repeating for the material; None if it cannot be read."""
         try:
             texture = self.item("textures", index)
             webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
@@ -256,13 +259,13 @@ class _Reader:
             if picture.width * picture.height > self.pixels:
                 raise ValueError("all textures together are too large")
             self.pixels -= picture.width * picture.height
-            material.texture = np.asarray(picture)
         except (ValueError, OSError, KeyError) as error:
             note(f"texture {index} is left out: {error}")
-            return
+            return None
         if "sampler" in texture:
             sampler = self.item("samplers", texture["sampler"])
             material.wrap = tuple(_WRAPS.get(sampler.get(name), "repeat") for name in ("wrapS", "wrapT"))
+        return np.asarray(picture)
 
 
 def _local(node: dict) -> np.ndarray:
@@ -315,7 +318,7 @@ def glb_bytes(mesh: Mesh) -> bytes:
         material["name"] = "albedo"
         material["pbrMetallicRoughness"]["baseColorTexture"] = {"index": writer.texture(mesh.texture)}
         if mesh.normal_map is not None:
-            frame = tangents(mesh)[row]
+            frame = mesh.tangents()[row]
             frame = torch.cat([unit_normals(frame[:, :3]), frame[:, 3:].float()], 1)
             attributes["TANGENT"] = writer.accessor(frame.numpy(), "VEC4", 34962)
             material["normalTexture"] = {"index": writer.texture(mesh.normal_map)}

@@ -19,7 +19,7 @@ class Mesh:
         seams of the atlas do not cut the surface
     uv_faces: int [F, 3] rows of uv, or None
     texture: float [H, W, 3] in [0, 1], row 0 at the top (v = 1), or None
-    normal_map: float [H, W, 3], normals in the frame of `atlas.tangents`, from -1..1 to [0, 1], or None
+    normal_map: float [H, W, 3], normals in the frame of `tangents`, from -1..1 to [0, 1], or None
     Colours are those of the picture (sRGB), unlit.
     """
 
@@ -91,6 +91,33 @@ class Mesh:
             normals.index_add_(0, self.faces[:, corner].long(), unit * angle[:, None])
         return dataclasses.replace(self, normals=torch.nn.functional.normalize(normals, dim=-1, eps=1e-20))
 
+    def tangents(self) -> torch.Tensor:
+        """[U, 4]: for each row of the atlas the unit direction of growing u, at right angles to the vertex normal, and
+        the sign (1 or -1) for which sign * cross(normal, tangent) is that of growing v, as glTF's TANGENT.
+
+        The mean of the faces around, weighted by area; some perpendicular where the atlas has none.
+        """
+        if self.uv is None or self.normals is None:
+            raise ValueError("mesh: expected one with an atlas and normals (call unwrap and with_normals first)")
+        rows = self.uv_faces.long()
+        positions, places = self.corners().double(), self.uv[rows].double()
+        edge, other = positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0]
+        (u1, v1), (u2, v2) = (places[:, 1] - places[:, 0]).unbind(1), (places[:, 2] - places[:, 0]).unbind(1)
+        turn = torch.sign(u1 * v2 - u2 * v1)
+        along = (edge * v2[:, None] - other * v1[:, None]) * turn[:, None]
+        area = self.area_vectors().double().norm(dim=1, keepdim=True)
+        along = torch.nn.functional.normalize(along, dim=1, eps=1e-300) * area
+        total = along.new_zeros(len(self.uv), 4)
+        normal = along.new_zeros(len(self.uv), 3)
+        for corner in range(3):
+            total.index_add_(0, rows[:, corner], torch.cat([along, (turn * area[:, 0])[:, None]], 1))
+            normal[rows[:, corner]] = self.normals[self.faces[:, corner].long()].double()
+        tangent = _perpendicular(total[:, :3], normal)
+        lost = tangent.norm(dim=1, keepdim=True) < 0.5
+        axis = torch.nn.functional.one_hot(normal.abs().argmin(1), 3).to(normal)  # never parallel to the normal
+        tangent = torch.where(lost, _perpendicular(axis, normal), tangent)
+        return torch.cat([tangent, torch.where(total[:, 3:] < 0, -1.0, 1.0)], 1).to(self.vertices.dtype)
+
     def edges(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Unique edges [E, 2] (smaller, larger), and how many faces meet at each [E]."""
         pairs = torch.cat([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).long()
@@ -148,3 +175,10 @@ class Mesh:
         if uv_faces is not None:
             uv_faces, uv = compact(uv_faces[keep], uv)
         return Mesh(vertices, faces, normals, colors, uv, uv_faces, self.texture, self.normal_map)
+
+
+def _perpendicular(vector: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    vector = torch.nn.functional.normalize(vector, dim=1, eps=1e-300)
+    vector = vector - (vector * normal).sum(1, keepdim=True) * normal
+    length = vector.norm(dim=1, keepdim=True)
+    return torch.where(length > 1e-6, vector / length.clamp(min=1e-6), torch.zeros_like(vector))

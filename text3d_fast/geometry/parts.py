@@ -27,11 +27,12 @@ def note(message: str) -> None:
 
 @dataclass(eq=False)
 class Material:
-    """color: sRGB in [0, 1]; texture: uint8 [H, W, 3], row 0 at the top, or None; wrap: of u and v."""
+    """color: sRGB in [0, 1]; texture, normal_map: uint8 [H, W, 3], row 0 at the top, or None; wrap: of u and v."""
 
     color: tuple[float, float, float] = (1.0, 1.0, 1.0)
     texture: np.ndarray | None = None
     wrap: tuple[str, str] = ("repeat", "repeat")
+    normal_map: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -107,7 +108,18 @@ def assemble(parts: list[Part]) -> Mesh:
 
     return Mesh(tensor(vertices, np.float32), tensor(faces, np.int32), tensor(normals, np.float32),
                 tensor(colors, np.float32), tensor(uv, np.float32), tensor(uv_faces, np.int32),
-                tensor(texture, np.float32))
+                tensor(texture, np.float32), tensor(_normal_map(parts), np.float32))
+
+
+def _normal_map(parts: list[Part]) -> np.ndarray | None:
+    """That of a single part whose atlas does not repeat; others are left out."""
+    if all(part.material is None or part.material.normal_map is None for part in parts):
+        return None
+    (part, *others), slack = parts, 1e-6
+    if others or part.uv is None or part.normals is None or part.uv.min() < -slack or part.uv.max() > 1 + slack:
+        note("normal maps of several parts, of repeated ones, or without normals and texture coordinates are left out")
+        return None
+    return part.material.normal_map.astype(np.float32) / _ONE_SRGB
 
 
 def _sound(part: Part) -> Part:

@@ -28,6 +28,11 @@ class TexturedMesh(Protocol):
     uv: Tensor | None
     uv_faces: Tensor | None
     texture: Tensor | None
+    normal_map: Tensor | None
+
+    def tangents(self) -> Tensor:
+        """Of the rows of uv, for a normal map; see `geometry.Mesh`."""
+        ...
 
 
 @dataclass
@@ -82,7 +87,7 @@ def render_meshes(
     ])
     clip = clip_positions(vertices, cameras).contiguous()
     shape = (len(cameras), cameras.height, cameras.width)
-    textured = material is None and any(mesh.texture is not None for mesh in meshes)
+    textured = any(mesh.normal_map is not None or (material is None and mesh.texture is not None) for mesh in meshes)
     rast, rast_db = ops.rasterize(clip, faces, shape[1:], grad_db=textured)
     attributes, _ = ops.interpolate(torch.cat([vertices, normals], 1)[None].contiguous(), rast, faces)
 
@@ -91,6 +96,11 @@ def render_meshes(
     views = pixels // (shape[1] * shape[2])
     positions, normals = _Pick.apply(attributes.view(-1, 6), pixels).split(3, -1)
     normals = torch.nn.functional.normalize(normals, dim=-1, eps=1e-12)
+    first = 0
+    for mesh in meshes:
+        if mesh.normal_map is not None and mesh.uv is not None:
+            normals = _mapped(mesh, normals, _only(rast, first, len(mesh.faces)), rast_db, pixels)
+        first += len(mesh.faces)
     if two_sided:
         away = (normals * (cameras.position[views] - positions)).sum(-1, keepdim=True) < 0
         normals = torch.where(away, -normals, normals)
@@ -156,15 +166,30 @@ def _only(rast: Tensor, first: int, count: int) -> Tensor:
 
 def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:
     """[B * H * W, 3] of one mesh's own texture or colours, 0 elsewhere."""
-    seen = rast[..., 3:] > 0
     if mesh.texture is not None and mesh.uv is not None:
-        uv, uv_da = ops.interpolate(mesh.uv[None].contiguous(), rast, mesh.uv_faces.int().contiguous(), rast_db, "all")
-        texture = mesh.texture.flip(0)[None].contiguous()
-        levels, (height, width) = 0, texture.shape[1:3]
-        while height % 2 == 0 and width % 2 == 0:
-            levels, height, width = levels + 1, height // 2, width // 2
-        color = ops.texture(texture, uv, uv_da, boundary_mode="clamp", max_mip_level=levels) * seen
-        return color.view(-1, 3)
+        return _sampled(mesh, mesh.texture, rast, rast_db)
     if mesh.colors is not None:
         return ops.interpolate(mesh.colors[None].contiguous(), rast, mesh.faces.int().contiguous())[0].view(-1, 3)
-    return PLAIN * seen.to(rast.dtype).view(-1, 1).expand(-1, 3)
+    return PLAIN * (rast[..., 3:] > 0).to(rast.dtype).view(-1, 1).expand(-1, 3)
+
+
+def _sampled(mesh: TexturedMesh, image: Tensor, rast: Tensor, rast_db: Tensor) -> Tensor:
+    """[B * H * W, 3] of an image [h, w, 3] in the mesh's atlas, 0 elsewhere."""
+    uv, uv_da = ops.interpolate(mesh.uv[None].contiguous(), rast, mesh.uv_faces.int().contiguous(), rast_db, "all")
+    image = image.flip(0)[None].contiguous()
+    levels, (height, width) = 0, image.shape[1:3]
+    while height % 2 == 0 and width % 2 == 0:
+        levels, height, width = levels + 1, height // 2, width // 2
+    color = ops.texture(image, uv, uv_da, boundary_mode="clamp", max_mip_level=levels) * (rast[..., 3:] > 0)
+    return color.view(-1, 3)
+
+
+def _mapped(mesh: TexturedMesh, normals: Tensor, rast: Tensor, rast_db: Tensor, pixels: Tensor) -> Tensor:
+    """Unit normals [P, 3] of the pixels, where the mesh is seen those of its normal map (glTF 2.0, section 3.9.3)."""
+    x, y, z = (2 * _Pick.apply(_sampled(mesh, mesh.normal_map, rast, rast_db), pixels) - 1).split(1, -1)
+    frame, _ = ops.interpolate(mesh.tangents()[None].contiguous(), rast, mesh.uv_faces.int().contiguous())
+    along, sign = _Pick.apply(frame.view(-1, 4), pixels).split((3, 1), -1)
+    along = torch.nn.functional.normalize(along, dim=-1, eps=1e-12)
+    fine = x * along + y * torch.sign(sign) * torch.linalg.cross(normals, along) + z * normals
+    seen = (rast[..., 3:] > 0).view(-1, 1)[pixels]
+    return torch.where(seen, torch.nn.functional.normalize(fine, dim=-1, eps=1e-12), normals)

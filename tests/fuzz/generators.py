@@ -90,6 +90,14 @@ def composite(draw: Draw) -> Call:
     return _call(ops.composite, arguments, "sigma", "values", "samples.t_starts", "samples.t_ends")
 
 
+def segmented_scan(draw: Draw) -> Call:
+    offsets = _samples(draw)["samples.ray_offsets"]
+    values = draw.uniform(int(offsets[-1]) + draw.choice(0, 0, 3)) + 0.5
+    arguments = {"values": values, "offsets": offsets, "op": draw.choice("sum", "product"),
+                 "exclusive": draw.choice(True, False), "reverse": draw.choice(True, False)}
+    return _call(ops.segmented_scan, arguments, "values")
+
+
 def prune_samples(draw: Draw) -> Call:
     samples = _samples(draw)
     arguments = {**samples, "sigma": 3 * draw.uniform(len(samples["samples.ray_ids"])),
@@ -224,6 +232,7 @@ def tet_grid(draw: Draw) -> Call:
 
 GENERATORS: dict[str, Callable[[Draw], Call]] = {
     generate.__name__: generate
-    for generate in (composite, prune_samples, hash_grid, hash_grid_grad, hash_grid_vjp, mlp, march_rays, rasterize,
-                     interpolate, antialias, antialias_topology, texture, mip_stack, marching_tets, tet_grid)
+    for generate in (composite, segmented_scan, prune_samples, hash_grid, hash_grid_grad, hash_grid_vjp, mlp,
+                     march_rays, rasterize, interpolate, antialias, antialias_topology, texture, mip_stack,
+                     marching_tets, tet_grid)
 }

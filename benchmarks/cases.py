@@ -96,6 +96,14 @@ def composite(device, small: bool) -> Iterator[Case]:
     yield from _with_gradient("composite", [sigma, values], run, others)
 
 
+def segmented_scan(device, small: bool) -> Iterator[Case]:
+    origins, directions, grid, step = _rays(device, small)
+    offsets = ops.march_rays(origins, directions, grid, step=step).ray_offsets
+    values = 0.9 + 0.1 * torch.rand(int(offsets[-1]), device=device)
+    run = lambda: [ops.segmented_scan(values, offsets, "product", exclusive=True)]
+    yield from _with_gradient("segmented_scan", [values], run, size_of(offsets))
+
+
 def _sphere(device, small: bool):
     """pos [B, V, 4], tri [F, 3], resolution."""
     rows, columns, batch, side = (7, 9, 2, 33) if small else (200, 400, 4, 512)
@@ -152,4 +160,4 @@ def marching_tets(device, small: bool) -> Iterator[Case]:
     yield from _with_gradient("marching_tets", [sdf], run, 0, False)
 
 
-ALL = (hash_grid, mlp, march_rays, composite, rasterize, interpolate, texture, antialias, marching_tets)
+ALL = (hash_grid, mlp, march_rays, composite, segmented_scan, rasterize, interpolate, texture, antialias, marching_tets)

@@ -67,7 +67,11 @@ def test_an_interrupted_batch_goes_on(tmp_path, capsys, monkeypatch):
     error = " ".join(capsys.readouterr().err.split())
     assert f"--resume --out {out} --seeds 0 1 2" in error and str(out / "a-ball-seed-1") in error
     assert [status for _, status in index(out)] == ["done", "waiting", "waiting"]
+    left, mine = out / ".contact.a1b2c3d4.png", out / ".notes.txt"  # as kill -9 would leave it
+    left.write_text("half")
+    mine.write_text("mine")
     assert cli.main([*words, "--resume"]) == 0
+    assert not left.exists() and mine.exists()
     assert [status for _, status in index(out)] == ["done"] * 3 and calls == [1, 2, 3, 1, 2, 3, 1, 2, 3]
     assert cli.main([*words, "--resume", "--steps", "5"]) == 0  # more steps for all of them
     assert calls[9:] == [4, 5] * 3

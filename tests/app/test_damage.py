@@ -277,6 +277,20 @@ def test_memory_that_ends_loses_nothing(finished, tmp_path, capsys, monkeypatch,
     assert torch.equal(whole.vertices, ours.vertices) and torch.equal(whole.colors, ours.colors)
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path, capsys, monkeypatch):
+    from text3d_fast.pipelines.dreamfusion import DreamFusionStage
+
+    def step(self):
+        if self.step_done == 2:
+            raise RuntimeError("mlp: the backend triton cannot serve it")
+        return original(self)
+
+    original = DreamFusionStage.step
+    monkeypatch.setattr(DreamFusionStage, "step", step)
+    assert generate(tmp_path / "run") == USER_ERROR
+    assert "the backend triton" in one_sentence(capsys) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("megabytes", [400, 750])
 def test_little_memory_from_the_start(tmp_path, megabytes):
     code = (f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({megabytes} << 20,) * 2)\n"

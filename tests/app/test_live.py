@@ -177,6 +177,21 @@ def test_the_command(page, tmp_path, monkeypatch, capsys):
     assert "Stopped after step 1; everything is saved" in capsys.readouterr().err
 
 
+def test_one_page_for_several_runs(page, tmp_path, monkeypatch):
+    from text3d_fast.pipelines import pipeline
+
+    view, visitor = page
+    monkeypatch.setattr(pipeline, "load_prior", lambda model, device, options: RedBall())
+    monkeypatch.setattr(live, "LiveView", lambda **options: view)
+    monkeypatch.setattr(view, "close", lambda: None)
+    monkeypatch.setattr(view, "wait", lambda: None)
+    small = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
+    words = ["generate", "a ball", "--seeds", "0", "1", "--live", "--out", str(tmp_path / "all"), "--set", *small]
+    assert cli.main(words) == 0
+    meshes = [k for k, picture in enumerate(visitor.pictures) if picture is None]  # where a mesh came in its place
+    assert meshes == [TINY["steps"], 2 * TINY["steps"] + 1] and len(view._meshes) == 1
+
+
 def test_without_viser_one_sentence(tmp_path, monkeypatch, capsys):
     original = builtins.__import__
 

@@ -44,7 +44,9 @@ class Progress:
 
     def begin(self, pipeline: Pipeline, prompt: str, steps: int | None, out: Path) -> None:
         """Of one run; its lines go into `out`/run.log, too."""
-        self.stage, self.log = None, out / "run.log"
+        from text3d_fast.pipelines.run_folder import LOG
+
+        self.stage, self.log = None, out / LOG
         understood = pipeline.prior.canonical(prompt)
         steps = steps or pipeline.config.total_steps()
         self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")

@@ -24,6 +24,7 @@ from text3d_fast.pipelines.settings import names_of, value_of
 from text3d_fast.pipelines.stage import Stage
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
+LOG = "run.log"  # the command line writes it
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
 LOCK = ".lock"
 # Settings that may change when a run goes on: they do not touch the optimization
@@ -90,7 +91,7 @@ class RunFolder:
             except OSError as error:
                 raise OutputError(f"cannot make the folder {self.path}: {error.strerror or error}") from error
             self._take_lock()
-            self._made = [*made, *([] if (self / CONFIG).exists() else [self / CONFIG]), self / PREVIEW]
+            self._made = [*made, *(path for path in (self / CONFIG, self / LOG) if not path.exists()), self / PREVIEW]
         for left in self.path.glob(".*.*"):  # of a run that was killed while it wrote a file
             if _LEFTOVER.fullmatch(left.name):
                 left.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ class Batch:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {self.out}: {error.strerror or error}") from error
+        for left in self.out.glob(".*.*"):  # of a command that was killed while it wrote a file
+            if re.fullmatch(r"\.(index|contact)\.\w{8}\.\w+", left.name):
+                left.unlink(missing_ok=True)
         write_text(self.out / INDEX, json.dumps(self.rows, indent=2, ensure_ascii=False) + "\n")
         self._sheet()
 

@@ -1,8 +1,7 @@
 """A step of VSD and the training of its score, in each way of calling the networks: FLOPs, time, memory.
 
-    pytest benchmarks/bench_vsd.py --benchmark-only                   time; on a CPU with a small U-Net
-    python benchmarks/bench_vsd.py --flops                            FLOPs at Stable Diffusion 2.1's shape, 512^2
-    python benchmarks/bench_vsd.py --variants separate reused [--small]        time and memory there
+    python benchmarks/bench_vsd.py             FLOPs of Stable Diffusion 2.1's U-Net at 512^2, time and memory at 256^2
+    pytest benchmarks/bench_vsd.py --benchmark-only                      time alone; on a CPU with a small U-Net
 
 A step is the VSD gradient on x (no renderer, no encoder) and one update of the LoRA; one image, guidance weight 6.5.
 "zero row" is what the other open implementation evaluates: a second row of the LoRA, multiplied by zero afterwards.
@@ -128,9 +127,9 @@ def record(**row) -> None:
         writer.writerow(row)
 
 
-def flops(latent: int) -> None:
+def flops(variants: list[str], latent: int) -> None:
     prior = RandomPrior(FULL, torch.device("meta"))
-    for variant in VARIANTS:
+    for variant in variants:
         step = one_step(prior, variant, latent)
         with FlopCounterMode(display=False) as counter:
             step()
@@ -191,13 +190,10 @@ except ImportError:  # as a script, pytest is not needed
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flops", action="store_true")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=[])
-    parser.add_argument("--latent", type=int, default=64, help="size of the latents: an eighth of the image's")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--latent", type=int, default=32, help="size of the latents to time: an eighth of the image's")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="time a small U-Net instead of Stable Diffusion 2.1's")
     given = parser.parse_args()
-    if given.flops:
-        flops(given.latent)
-    if given.variants:
-        measure(given.variants, given.latent, given.repeats, given.small)
+    flops(given.variants, 64)
+    measure(given.variants, given.latent, given.repeats, given.small)

@@ -13,6 +13,24 @@ TINY = {
     "optimizer.grid": 0.05, "optimizer.network": 0.02, "field.sharpness": 30.0, "field.blob_scale": 8.0,
 }
 
+MESH = {"size": 24, "surface.resolution": 16, "surface.further_levels": 1, "guidance.weight": 0.0,
+        "guidance.weighting": "sample", "shading.lit": 0.0, "optimizer.grid": 0.05, "optimizer.network": 0.02}
+RUN = ("mesh_resolution", "preview_every", "checkpoint_every")
+PARTICLES = {name if name in RUN else f"vsd.{name}": value for name, value in TINY.items()} | {
+    f"{stage}.{name}": value for stage in ("geometry", "texturing") for name, value in MESH.items()
+} | {"particles": 2, "vsd.steps": 30, "geometry.steps": 2, "texturing.steps": 10}
+
+
+def few_pictures(patch):
+    """Pictures of a finished run are tested on their own; elsewhere they would take most of the time."""
+    from text3d_fast.pipelines import mesh_stage, pictures, results, surface
+
+    choose = surface.choose_threshold
+    for module in (surface, mesh_stage):
+        patch.setattr(module, "choose_threshold", lambda *args: choose(*args, 16))
+    patch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
+    patch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
+
 
 class RedBall(Prior):
     """The exact denoiser of one picture: a red disc over the background, from every side."""

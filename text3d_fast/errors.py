@@ -19,6 +19,10 @@ class EmptyMesh(RuntimeError):
     """The scene has no surface: too little was asked of it, or the prior never liked anything."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of a job of several has ended, or does not answer."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C came; `step` steps of the stage are done, and saved if there is a folder."""
 

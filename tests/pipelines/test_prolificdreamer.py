@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from red_ball import TINY, RedBall
+from red_ball import PARTICLES, RedBall, few_pictures
 from tiny_models import save_model
 
 from text3d_fast.errors import Interrupted
@@ -15,25 +15,11 @@ from text3d_fast.pipelines import ProlificDreamer, ProlificDreamerConfig
 from text3d_fast.pipelines.recipes import PRESETS
 from text3d_fast.scene.cameras import CameraDistribution
 
-RUN = ("mesh_resolution", "preview_every", "checkpoint_every")
-MESH = {"size": 24, "surface.resolution": 16, "surface.further_levels": 1, "guidance.weight": 0.0,
-        "guidance.weighting": "sample", "shading.lit": 0.0, "optimizer.grid": 0.05, "optimizer.network": 0.02}
-SETTINGS = {name if name in RUN else f"vsd.{name}": value for name, value in TINY.items()} | {
-    f"{stage}.{name}": value for stage in ("geometry", "texturing") for name, value in MESH.items()
-} | {"particles": 2, "vsd.steps": 30, "geometry.steps": 2, "texturing.steps": 10}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def few_pictures():
-    """Pictures of a finished run are tested on their own; here they would take most of the time."""
-    from text3d_fast.pipelines import mesh_stage, pictures, results, surface
-
-    choose = surface.choose_threshold
+def quick():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (surface, mesh_stage):
-            patch.setattr(module, "choose_threshold", lambda *args: choose(*args, 16))
-        patch.setattr(results, "views", lambda mesh, cameras: pictures.views(mesh, cameras, size=8))
-        patch.setattr(results, "turntable", lambda mesh, cameras: pictures.turntable(mesh, cameras, 2, size=8))
+        few_pictures(patch)
         yield
 
 
@@ -61,10 +47,10 @@ def test_two_particles_through_three_stages(tmp_path):
         stage = state.stage
         words.setdefault(stage.name, set()).update(prior.seen[-1].texts)
         if stage.name != "vsd" and step in (1, stage.config.steps):
-            vertices[stage.name, step] = [p.scene.tets.mesh()[0].clone() for p in stage.particles]
+            vertices[stage.name, step] = [p.scene.tets.mesh()[0].clone() for p in stage.particles.values()]
 
     folder = tmp_path / "run"
-    result = ProlificDreamer(prior=prior, device="cpu", settings=SETTINGS).run("a ball", out=folder, callback=watch)
+    result = ProlificDreamer(prior=prior, device="cpu", settings=PARTICLES).run("a ball", out=folder, callback=watch)
     assert len(result.meshes) == 2
     for name in ("mesh.glb", "mesh-2.glb", "views.png", "vsd.safetensors", "geometry.safetensors"):
         assert (folder / name).is_file()
@@ -87,7 +73,7 @@ LORA = {"score.kind": "lora", "score.rate": 1e-2, "guidance.weight": 1.0, "guida
 def with_lora(prior, each_step="all", **settings):
     changed = {f"{stage}.{name}": value for stage in ("vsd", "texturing") for name, value in LORA.items()}
     changed |= {"vsd.steps": 3, "geometry.steps": 1, "texturing.steps": 3, "vsd.each_step": each_step}
-    return ProlificDreamer(prior=prior, device="cpu", settings=SETTINGS | changed | settings)
+    return ProlificDreamer(prior=prior, device="cpu", settings=PARTICLES | changed | settings)
 
 
 @pytest.mark.parametrize("at", ["vsd", "texturing"])
@@ -114,32 +100,32 @@ def test_resuming_gives_the_unbroken_result_with_its_lora(unet, tmp_path, at):
 def test_a_lost_particle_is_said_and_the_others_go_on(tmp_path):
     def erase(step, state):
         if state.stage.name == "vsd" and step == 4:
-            field = state.stage.particles[0].field
+            field = state.stage.particles[1].field
             with torch.no_grad():
                 field.output.weight.zero_()
                 field.output.bias.fill_(-100.0)
 
-    settings = SETTINGS | {"vsd.steps": 4, "geometry.steps": 1, "texturing.steps": 1}
+    settings = PARTICLES | {"vsd.steps": 4, "geometry.steps": 1, "texturing.steps": 1}
     result = ProlificDreamer(prior=RedBall(), device="cpu", settings=settings).run("a ball", callback=erase)
     assert len(result.meshes) == 1 and "particle 1 of 2 is lost" in result.warnings[0]
 
 
 def test_what_does_not_go_together_is_said():
     with pytest.raises(ValueError, match="network"):
-        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.score.kind": "lora"}).run("a ball")
+        ProlificDreamer(prior=RedBall(), settings=PARTICLES | {"vsd.score.kind": "lora"}).run("a ball")
     with pytest.raises(ValueError, match="batch"):
-        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.batch": 2}).run("a ball")
+        ProlificDreamer(prior=RedBall(), settings=PARTICLES | {"vsd.batch": 2}).run("a ball")
     with pytest.raises(ValueError, match="each_step"):
-        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"vsd.each_step": "one"})
+        ProlificDreamer(prior=RedBall(), settings=PARTICLES | {"vsd.each_step": "one"})
     with pytest.raises(ValueError, match="particles"):
-        ProlificDreamer(prior=RedBall(), settings=SETTINGS | {"particles": 0})
+        ProlificDreamer(prior=RedBall(), settings=PARTICLES | {"particles": 0})
 
 
 def test_a_scene_is_empty_in_its_middle():
-    pipeline = ProlificDreamer(prior=RedBall(), device="cpu", settings=SETTINGS | PRESETS["scene"])
+    pipeline = ProlificDreamer(prior=RedBall(), device="cpu", settings=PARTICLES | PRESETS["scene"])
     stage = pipeline._make(pipeline.config, ProlificDreamer.stages[0], None)
     points = torch.tensor([[0.0, 0.0, 0.0], [0.9, 0.9, 0.9]])
-    for particle in stage.particles:
+    for particle in stage.particles.values():
         middle, outside = particle.field(points, None).density.tolist()
         assert middle < 1e-2 < 1.0 < outside
     assert isinstance(stage.config.cameras, CameraDistribution) and stage.config.cameras.distance[1] < 0.5

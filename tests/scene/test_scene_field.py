@@ -151,7 +151,7 @@ def test_renderer_sees_a_ball_where_it_is():
     field, renderer = ball_renderer()
     cameras = Cameras.orbit(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 2.0]), 2.5, math.radians(40), 33)
     background = torch.tensor([[0.2, 0.4, 0.6], [1.0, 1.0, 1.0]])
-    out = renderer(field, cameras, background, headlights(cameras), "lambertian", generator=None)
+    out = renderer(field, cameras, background, headlights(cameras), "lambertian")
     assert torch.allclose(out.color[:, 0, 0], background, atol=1e-5)  # corners miss
     assert out.opacity[:, 16, 16].min() > 0.99
     assert torch.allclose(out.depth[:, 16, 16], torch.full((2,), 2.0), atol=0.03)

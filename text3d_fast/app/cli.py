@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import is_dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from text3d_fast.app.commands.doctor import Doctor
 from text3d_fast.app.commands.edit import Edit
 from text3d_fast.app.commands.evaluate import Evaluate
 from text3d_fast.app.commands.generate import Generate
-from text3d_fast.app.commands.outcome import INTERRUPTED
+from text3d_fast.app.commands.outcome import INTERRUPTED, fail
 from text3d_fast.app.commands.playground import Playground
 from text3d_fast.app.commands.view import View
 
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         args=arguments, config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(command, Generate | Edit):
+            return fail("several processes (torchrun): only generate and edit are done by several; run it without")
         return command()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

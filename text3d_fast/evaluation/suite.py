@@ -1,6 +1,6 @@
 """The quality suite behind `text3d-fast evaluate`: generated meshes against the truth, over the built-in world.
 
-For each method (a prior, with the camera given or in words only), prompt and seed: a run of DreamFusion, its mesh
+For each method (a prior, with the camera given or in words only), prompt and seed: a run of a pipeline, its mesh
 against the best fitting member of the class family, retrieval among all class x colour pairs, and the Janus measure.
 Beside them the baselines, and as headline how much of the way from the best wrong class to the analytic prior is done:
 (ours - wrong class) / (analytic - wrong class).
@@ -63,11 +63,16 @@ class Method:
 
     @property
     def slug(self) -> str:
-        return _slug(self.name)
+        return slug(self.name)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def place(folder: Path, method: Method, prompt: str, seed: int, steps: int | None) -> Path:
+    """The folder of a run within that of the evaluation."""
+    return folder / "runs" / method.slug / f"{slug(prompt)}-{seed}-{steps or 'default'}"
 
 
 def default_methods(model: str | None = None, quick: bool = False) -> list[Method]:
@@ -179,7 +184,7 @@ def run(
         "baselines": baselines,
         "runs": records,
     }
-    _write_json(folder / "evaluation.json", result)
+    write_json(folder / "evaluation.json", result)
     _write_csv(folder / "evaluation.csv", records)
     suite.write_sheet(folder / "sheet.png", methods, prompts, seeds[0])
     return result
@@ -197,12 +202,12 @@ class _Suite:
         return self._gallery
 
     def place(self, method: Method, prompt: str, seed: int) -> Path:
-        return self.folder / "runs" / method.slug / f"{_slug(prompt)}-{seed}-{self.steps or 'default'}"
+        return place(self.folder, method, prompt, seed, self.steps)
 
     def scored(self, method: Method, prompt: str, seed: int, tick: Callable[[int, int], Any]) -> dict:
         """The score of one run, made if it is not there."""
         place = self.place(method, prompt, seed)
-        known = _read_json(place / "score.json")
+        known = read_json(place / "score.json")
         if known is not None:
             return known
         started = time.perf_counter()
@@ -217,8 +222,8 @@ class _Suite:
             "warnings": about.get("warnings", []),
         }  # fmt: skip
         place.mkdir(parents=True, exist_ok=True)
-        _write_json(place / "score.json", record)
-        return _read_json(place / "score.json")
+        write_json(place / "score.json", record)
+        return read_json(place / "score.json")
 
     def _made(self, method, prompt, seed, place, tick) -> tuple[Mesh, dict]:
         from text3d_fast.errors import EmptyMesh
@@ -243,8 +248,8 @@ class _Suite:
 
     def baselines(self, prompt: str) -> dict[str, dict]:
         """Scores of the best ball, the best wrong class (the best of each figure) and the visual hull."""
-        path = self.folder / "baselines" / f"{_slug(prompt)}.json"
-        known = _read_json(path)
+        path = self.folder / "baselines" / f"{slug(prompt)}.json"
+        known = read_json(path)
         if known is not None:
             return known["scores"]
         with one_thread(), torch.no_grad():
@@ -259,8 +264,8 @@ class _Suite:
                 "visual hull": metrics.score(metrics.visual_hull(truth), truth).to_dict(),
             }
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"version": VERSION, "prompt": prompt, "scores": scores})
-        return _read_json(path)["scores"]
+        write_json(path, {"version": VERSION, "prompt": prompt, "scores": scores})
+        return read_json(path)["scores"]
 
     def write_sheet(self, path: Path, methods: Sequence[Method], prompts: Sequence[str], seed: int) -> None:
         """One row a prompt: the truth, then each method, from four sides."""
@@ -374,7 +379,7 @@ def _progress(quiet: bool) -> Any:
     return Progress(*columns, console=Console(stderr=True), disable=quiet)
 
 
-def _read_json(path: Path) -> dict | None:
+def read_json(path: Path) -> dict | None:
     """The content, None if there is none, it is cut short or of another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -383,7 +388,7 @@ def _read_json(path: Path) -> dict | None:
     return content if isinstance(content, dict) and content.get("version") == VERSION else None
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
@@ -421,8 +426,14 @@ def main(options: Any) -> int:
     if options.camera_only:
         methods = [method for method in methods if method.camera]
     try:
-        result = run(options.out, methods=methods, prompts=options.prompts, seeds=options.seeds, steps=options.steps,
-                     quick=options.quick, device=options.device, make=make)
+        if options.pipeline == "prolificdreamer":
+            from text3d_fast.evaluation import variational
+
+            result = variational.run(options.out, options.model, options.prompts, options.particles, options.steps,
+                                     options.quick, options.device)
+        else:
+            result = run(options.out, methods=methods, prompts=options.prompts, seeds=options.seeds,
+                         steps=options.steps, quick=options.quick, device=options.device, make=make)
     except KeyboardInterrupt:
         print(f"Stopped; the same command goes on with what is in {options.out}.", file=sys.stderr)
         return 130
@@ -430,5 +441,7 @@ def main(options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     Console().print(table(result["summary"]))
+    if "distribution" in result:
+        Console().print(variational.table(result["distribution"]))
     print(f"{options.out}/evaluation.json, {options.out}/evaluation.csv, {options.out}/sheet.png")
     return 0

@@ -11,7 +11,7 @@ variants.py say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
@@ -34,6 +34,40 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # sqrt(abar) (1 - abar): vanishes at both ends of t (Fantasia3D)
     "alpha_sigma2": lambda alpha, sigma: alpha * sigma**2,
 }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Random numbers for some rows of a batch: `generator` draws for all `count` of them, `here` are taken.
+
+    A row's numbers so depend neither on the process that has it nor on the rows that it is evaluated with.
+    """
+
+    generator: torch.Generator
+    count: int
+    here: slice = field(default_factory=lambda: slice(None))
+
+    def grouped(self, size: int) -> Rows:
+        """One row for each `size` of these."""
+        start, stop, _ = self.here.indices(self.count)
+        return Rows(self.generator, self.count // size, slice(start // size, stop // size))
+
+
+Source = torch.Generator | Sequence[Rows] | None
+
+
+def draw_rows(
+    function: Callable[..., Tensor], shape: Sequence[int], source: Source, device: torch.device | str | None = None
+) -> Tensor:
+    """function(shape), `torch.rand` or `torch.randn`, from one generator (None: the device's own) or by parts of rows.
+
+    Drawn where the generator is, and moved to the device.
+    """
+    if source is None or isinstance(source, torch.Generator):
+        return function(shape, generator=source, device=device if source is None else source.device).to(device)
+    parts = [function((rows.count, *shape[1:]), generator=rows.generator, device=rows.generator.device)[rows.here]
+             for rows in source]
+    return torch.cat(parts).to(device)
 
 
 @dataclass
@@ -77,25 +111,22 @@ class TimeRange:
         final_high = self.high if self.final_high is None else self.final_high
         return self.low + fraction * (final_low - self.low), self.high + fraction * (final_high - self.high)
 
-    def sample(
-        self, count: int, progress: float = 0.0, generator: torch.Generator | None = None, device=None
-    ) -> Tensor:
+    def sample(self, count: int, progress: float = 0.0, generator: Source = None, device=None) -> Tensor:
         """t [count], fp32, independent and uniform in the range of that progress."""
         low, high = self.at(progress)
-        source = generator.device if generator is not None else device
-        return (low + (high - low) * torch.rand(count, generator=generator, device=source)).to(device)
+        return low + (high - low) * draw_rows(torch.rand, (count,), generator, device)
 
 
 def draw(
-    x: Tensor, schedule: NoiseSchedule, time_range: TimeRange, progress: float, generator: torch.Generator | None,
-    views: int = 1,
+    x: Tensor, schedule: NoiseSchedule, time_range: TimeRange, progress: float, generator: Source, views: int = 1
 ) -> tuple[Tensor, Tensor]:
     """t [B] of the range, on the schedule's steps, one for each `views` rows, and eps of x's shape [B, ...] (fp32)."""
     if len(x) % views:
         raise ValueError(f"images: expected a multiple of {views}, the prior's views of an object, got {len(x)}")
-    t = schedule.snap(time_range.sample(len(x) // views, progress, generator, x.device).repeat_interleave(views))
-    source = x.device if generator is None else generator.device
-    return t, torch.randn(x.shape, generator=generator, device=source).to(x.device)
+    single = generator is None or isinstance(generator, torch.Generator)
+    groups = generator if single else [rows.grouped(views) for rows in generator]
+    t = schedule.snap(time_range.sample(len(x) // views, progress, groups, x.device).repeat_interleave(views))
+    return t, draw_rows(torch.randn, x.shape, generator, x.device)
 
 
 def predict_noises(prior: Prior, x_t: Tensor, t: Tensor, sides: Sequence[Conditions]) -> list[Tensor]:
@@ -271,9 +302,12 @@ class DistillationLoss:
         images: Tensor,
         conditions: Conditions,
         progress: float = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> Distillation:
-        """images [B, H, W, 3] in 0..1 with their graph; progress in [0, 1] moves t and the guidance weight."""
+        """images [B, H, W, 3] in 0..1 with their graph; progress in [0, 1] moves t and the guidance weight.
+
+        generator: of t and the noise; several `Rows` draw for one part of the batch each.
+        """
         if images.ndim != 4 or len(images) != len(conditions):
             raise ValueError(
                 f"images: expected [B, H, W, C] with B = {len(conditions)} as in conditions, got {list(images.shape)}"
@@ -281,7 +315,7 @@ class DistillationLoss:
         return self.from_encoded(self.prior.encode(images), conditions, progress, generator)
 
     def from_encoded(
-        self, x: Tensor, conditions: Conditions, progress: float = 0.0, generator: torch.Generator | None = None
+        self, x: Tensor, conditions: Conditions, progress: float = 0.0, generator: Source = None
     ) -> Distillation:
         """The same for x [B, C, h, w] that is already in the prior's space (latents optimized directly)."""
         t, noise = draw(x, self.prior.schedule, self.time_range, progress, generator, self.prior.views)

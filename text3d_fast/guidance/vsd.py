@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from text3d_fast.guidance.distillation import (
     DistillationLoss,
+    Source,
     TimeRange,
     draw,
+    draw_rows,
     full_precision,
     guide,
     predict_noises,
@@ -151,7 +153,7 @@ class VariationalScoreDistillation(DistillationLoss):
         return guided - full_precision(second)
 
     def train_score(
-        self, images: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+        self, images: Tensor, conditions: Conditions, generator: Source = None
     ) -> Tensor | None:
         """One step of denoising the rendered images [B, H, W, 3] at a t and eps of its own; the loss, detached.
 
@@ -162,7 +164,7 @@ class VariationalScoreDistillation(DistillationLoss):
         return self.train_score_encoded(x, conditions, generator)
 
     def train_score_encoded(
-        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+        self, x: Tensor, conditions: Conditions, generator: Source = None
     ) -> Tensor | None:
         """The same for x [B, C, h, w] that is already in the prior's space."""
         x = full_precision(x).detach()
@@ -174,9 +176,8 @@ class VariationalScoreDistillation(DistillationLoss):
         noise = noise.to(x)
         own = self._score_conditions(conditions)
         if own.pose is not None and self.pose_dropout > 0:
-            source = x.device if generator is None else generator.device
-            dropped = torch.rand(len(x), generator=generator, device=source) < self.pose_dropout
-            own.pose = torch.where(dropped.to(own.pose.device)[:, None, None], torch.nan, own.pose)
+            dropped = draw_rows(torch.rand, (len(x),), generator, own.pose.device) < self.pose_dropout
+            own.pose = torch.where(dropped[:, None, None], torch.nan, own.pose)
         with torch.enable_grad():
             prediction = self.score.predict(schedule.add_noise(x, noise, t), t, own)
             return self._descend(prediction, schedule.target(x, noise, t, kind))

@@ -84,6 +84,8 @@ class MeshStage(Stage):
         mode = config.shading.sample(self.progress, generator)
         if color is None:
             color = random_background(config.batch, generator, self.device)
+        here = self.rows.here
+        cameras, lights, color = cameras[here], lights[here], color[here]
         rendering = self.render(mesh, cameras, color, lights, mode)
         return Look(rendering, self.images(rendering), cameras, color, self.penalties(mesh))
 

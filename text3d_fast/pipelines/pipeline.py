@@ -12,6 +12,7 @@ import torch
 
 from text3d_fast.errors import ModelWarning
 from text3d_fast.guidance import Prior, load_prior
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.recipes import Recipe, recipe, volume_recipe
 from text3d_fast.pipelines.results import Report, Result, finish
@@ -84,7 +85,8 @@ class Pipeline:
         start: str | Path | None = None,
         report: Report | None = None,
     ) -> Result:
-        """Optimize a scene for the prompt and extract its mesh.
+        """Optimize a scene for the prompt and extract its mesh. In a job of several processes (`distributed.join`) all
+        call it together, and the first one writes.
 
         steps     in all, divided among the stages as the defaults are
         out       a folder for mesh.glb, pictures, result.json, config.yaml and checkpoint.safetensors; None: no files
@@ -104,6 +106,9 @@ class Pipeline:
         if steps is not None:
             config = config.with_steps(steps)
         before, chosen = self._chosen(stage, start)
+        distributed.check_batches(getattr(config, "particles", 1), [
+            ("batch" if config.stage(kind.name) is config else f"{kind.name}.batch", config.stage(kind.name).batch)
+            for kind in chosen], [self.stage_prior(kind).views for kind in chosen])
         self._foretell(config, chosen)
         folder = None if out is None else RunFolder(out)
         if folder is not None:
@@ -143,7 +148,7 @@ class Pipeline:
     def _finished(self, stages: Sequence[type[Stage]], start: str | Path) -> Stage:
         """The last of these stages as the run in `start` left it; each needs the one before it to be built."""
         folder = RunFolder(start)
-        config, stage = folder.saved_config(self.config_type), None
+        config, stage = distributed.from_first(lambda: folder.saved_config(self.config_type)), None
         for kind in stages:
             stage = self._make(config, kind, stage)
             folder.restore_finished(stage)
@@ -171,13 +176,16 @@ class Pipeline:
 def choose_device(device: str) -> torch.device:
     """"auto" is CUDA when there is a usable one. ValueError for anything unknown or absent."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no CUDA device here; use --device cpu")
+    if chosen.type == "cuda" and distributed.size() > 1 and distributed.local_rank() >= torch.cuda.device_count():
+        raise ValueError(f"device: there are more processes than GPUs on this machine ({torch.cuda.device_count()}); "
+                         f"start one for each, or use --device cpu")
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
     return chosen

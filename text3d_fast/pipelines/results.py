@@ -19,6 +19,7 @@ from torch import Tensor
 from text3d_fast import geometry, images
 from text3d_fast.errors import EmptyMesh, OutputError
 from text3d_fast.files import write_text
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.pictures import VIEW_LABELS, turntable, views
 from text3d_fast.pipelines.run_folder import RunFolder
@@ -71,7 +72,7 @@ def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any], report
     solid = [asset for asset in assets if len(asset.mesh.faces)]
     report("pictures", 0.5)
     pictures = [views(asset.mesh, stage.config.cameras) for asset in solid or assets[:1]]
-    if folder is not None:
+    if folder is not None and distributed.is_first():
         _write(folder, stage, solid, pictures, report)
     report("done", 1.0)
     spent, optimization = time.perf_counter() - started, stage.seconds_before + stage.seconds
@@ -87,7 +88,9 @@ def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any], report
     }
     if len(assets) > 1:
         metrics["assets"] = [asset.figures for asset in assets]
-    if folder is not None:
+    if distributed.size() > 1:
+        metrics["processes"] = distributed.size()
+    if folder is not None and distributed.is_first():
         write_text(folder / "result.json", json.dumps(metrics, indent=2) + "\n")
     if not solid:
         raise EmptyMesh("the mesh is empty: nothing in the scene became dense enough; try more steps or another seed")

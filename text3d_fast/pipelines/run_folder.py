@@ -18,6 +18,7 @@ from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.files import write_text
 from text3d_fast.guidance.models.options import HARMLESS
 from text3d_fast.images import write_png
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.checkpoint import load_about, load_state, save_state
 from text3d_fast.pipelines.config import END, RunConfig
 from text3d_fast.pipelines.settings import names_of, value_of
@@ -55,7 +56,10 @@ class Checkpoint:
 
 
 class RunFolder:
-    """Where the files of a run go. Every file is written whole or not at all."""
+    """Where the files of a run go. Every file is written whole or not at all.
+
+    Of several processes only the first one touches them: all call the methods together, and get what it got.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -76,6 +80,9 @@ class RunFolder:
         Raises OutputError if the folder holds another run or somebody else's files, is in use by another run, is
         missing (resume), or cannot be written.
         """
+        return distributed.from_first(lambda: self._open(config, resume, any_steps, changes))
+
+    def _open(self, config: Config, resume: bool, any_steps: bool, changes: Mapping[str, Any]) -> Config:
         try:
             self.path.exists()
         except OSError as error:  # a name that is too long, for example
@@ -197,7 +204,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what `open` made, if nothing came of it."""
-        if not any((self / name).exists() for name in PRODUCTS):
+        if distributed.is_first() and not any((self / name).exists() for name in PRODUCTS):
             self.close()
             with contextlib.suppress(OSError):
                 for made in reversed(self._made):
@@ -205,12 +212,13 @@ class RunFolder:
 
     def checkpoint(self, stages: Sequence[str]) -> Checkpoint:
         """The checkpoint of a run of these stages. CheckpointError if there is none, or it is of none of them."""
-        return self._read(self / CHECKPOINT, stages)
+        return distributed.from_first(lambda: self._read(self / CHECKPOINT, stages))
 
     def restore_finished(self, stage: Stage) -> None:
         """Load a finished stage, from its own file or the checkpoint that it ended with."""
         own = self / f"{stage.name}.safetensors"
-        found = self._read(own if own.is_file() else self / CHECKPOINT, [stage.name])
+        found = distributed.from_first(
+            lambda: self._read(own if own.is_file() else self / CHECKPOINT, [stage.name]))
         stage.restore(found.tensors, found.step, found.seconds)
 
     def keep_finished(self, stage: Stage) -> None:
@@ -223,12 +231,14 @@ class RunFolder:
         if force or step % run.checkpoint_every == 0 or step == stage.config.steps:
             self._write(self / CHECKPOINT, stage)
         if step % run.preview_every == 0 and step < stage.config.steps:
-            write_png(self / PREVIEW, stage.preview())
+            picture = stage.preview()
+            distributed.from_first(lambda: write_png(self / PREVIEW, picture))
 
     def _write(self, path: Path, stage: Stage) -> None:
         settings = {name: value_of(stage.run, name) for name in names_of(stage.run)}
         about = {"stage": stage.name, "step": stage.step_done, "seconds": stage.seconds, "settings": settings}
-        save_state(path, stage.tensors(), about)
+        tensors = stage.tensors()
+        distributed.from_first(lambda: save_state(path, tensors, about))
 
     def _read(self, path: Path, stages: Sequence[str]) -> Checkpoint:
         tensors, about = load_state(path)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from text3d_fast.errors import CheckpointError
 from text3d_fast.geometry import Mesh
-from text3d_fast.guidance import Prior
+from text3d_fast.guidance import Prior, Rows
 from text3d_fast.pipelines.checkpoint import optimizer_tensors, restore_optimizer
 from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.pipelines.distributed import Share, dealt
 from text3d_fast.scene.cameras import Cameras
 
 
@@ -83,18 +84,20 @@ class Stage(ABC):
     step_done  steps done; seconds  spent on them, and seconds_before on the stages before
     generator  the one source of random numbers, on the CPU, so that a GPU run draws the same cameras; `index` (the
                place in the pipeline) keeps those of the stages apart
+    share      of its views, where several processes share them; None: of all processes
     """
 
     name: ClassVar[str]
 
     def __init__(
         self, config: Any, run: RunConfig, prior: Prior, device: torch.device | str = "cpu",
-        previous: Stage | None = None, index: int = 0,
+        previous: Stage | None = None, index: int = 0, share: Share | None = None,
     ):
         self.config, self.run, self.prior, self.device = config, run, prior, torch.device(device)
         self.index, self.step_done, self.seconds = index, 0, 0.0
         self.seconds_before = 0.0 if previous is None else previous.seconds_before + previous.seconds
         self.generator = torch.Generator().manual_seed(run.seed + 1000 * index)
+        self.share = dealt(1)[1] if share is None else share
         self.build(previous)
 
     @abstractmethod
@@ -108,6 +111,10 @@ class Stage(ABC):
     @abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Whose moments are saved, by name; learning rates are set anew each step."""
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Whose states are saved, by name."""
+        return {"generator": self.generator}
 
     @abstractmethod
     def step(self) -> StepState:
@@ -136,6 +143,11 @@ class Stage(ABC):
         return self.run.prompt
 
     @property
+    def rows(self) -> Rows:
+        """The views of a step that this process has. Those of all are drawn, so that they don't depend on that."""
+        return Rows(self.generator, self.config.batch, self.share.rows(self.config.batch))
+
+    @property
     def progress(self) -> float:
         """Of this stage, in [0, 1]."""
         return self.step_done / self.config.steps
@@ -146,7 +158,7 @@ class Stage(ABC):
                  for key, value in module.state_dict().items()}
         for name, optimizer in self.optimizers().items():
             state |= optimizer_tensors(optimizer, name)
-        return state | {"generator": self.generator.get_state()}
+        return state | {name: generator.get_state() for name, generator in self.generators().items()}
 
     def restore(self, tensors: dict[str, Tensor], step: int, seconds: float = 0.0) -> None:
         """The inverse of `tensors`. Raises CheckpointError if they are of another configuration."""
@@ -157,7 +169,8 @@ class Stage(ABC):
                 module.load_state_dict(part)
             for name, optimizer in self.optimizers().items():
                 restore_optimizer(optimizer, tensors, name)
-            self.generator.set_state(tensors["generator"])
+            for name, generator in self.generators().items():
+                generator.set_state(tensors[name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit its configuration: {error}") from error
         self.step_done, self.seconds = step, seconds

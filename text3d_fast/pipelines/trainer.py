@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from text3d_fast.errors import Interrupted, OutputError, is_out_of_memory
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.run_folder import RunFolder
 from text3d_fast.pipelines.stage import Stage, StepState, StopRequest
 
@@ -62,19 +63,22 @@ class Trainer:
                 state.rate, state.request = len(recent) / max(sum(recent), 1e-9), interrupt
                 if self.callback is not None:
                     self.callback(stage.step_done, state)
+                stop = distributed.any_of(interrupt.requested)
                 if self.folder is not None:
-                    self.folder.after_step(stage, force=interrupt.requested)
-                if interrupt.requested:
+                    self.folder.after_step(stage, force=stop)
+                if stop:
                     raise Interrupted(stage.step_done)
 
     def _step(self, stage: Stage) -> StepState:
         """One step. If memory does not suffice for it, what was done before is saved first."""
-        drawn = stage.generator.get_state()
+        drawn = {name: generator.get_state() for name, generator in stage.generators().items()}
         try:
             return stage.step()
         except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error) and self.folder is not None and stage.step_done:
-                stage.generator.set_state(drawn)
+            alone = distributed.size() == 1  # saving is done by all together, and the others are in their step
+            if is_out_of_memory(error) and alone and self.folder is not None and stage.step_done:
+                for name, generator in stage.generators().items():
+                    generator.set_state(drawn[name])
                 with contextlib.suppress(MemoryError, OutputError):
                     self.folder.after_step(stage, force=True)
             raise
@@ -83,7 +87,7 @@ class Trainer:
 @contextlib.contextmanager
 def catch_interrupt() -> Iterator[StopRequest]:
     """Turns the first Ctrl-C (or SIGTERM, SIGHUP) into a request, so that a step is never cut in half; the second one
-    acts at once.
+    acts at once, unless there are several processes: torchrun passes each on to all, beside what they got themselves.
     """
     interrupt = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -91,7 +95,7 @@ def catch_interrupt() -> Iterator[StopRequest]:
         return
 
     def request(number, frame) -> None:
-        if interrupt.requested:
+        if interrupt.requested and distributed.size() == 1:
             raise KeyboardInterrupt
         interrupt.requested = True
 

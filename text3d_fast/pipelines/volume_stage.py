@@ -77,9 +77,12 @@ class VolumeStage(Stage):
         mode = config.shading.sample(self.progress, generator)
         if color is None:
             color = random_background(config.batch, generator, self.device)
+        jitter = torch.rand(config.batch, config.size, config.size, generator=generator)
+        here = self.rows.here
+        cameras, lights, color, jitter = (part[here] for part in (cameras, lights, color, jitter))
         background = color if self.background is None else self.background(cameras.rays()[1])
         normals = config.field.normals if self.penalty("orientation") > 0 or mode != "albedo" else None
-        rendering = self.renderer(self.field, cameras, background, lights, mode, normals, generator)
+        rendering = self.renderer(self.field, cameras, background, lights, mode, normals, jitter)
         return Look(rendering, rendering.color, cameras, color if self.background is None else None,
                     self.penalties(rendering))
 
@@ -196,12 +199,13 @@ def distillation_step(stage: Stage) -> StepState:
 
     # 2. score distillation, with the prompt of the view; the noise too is drawn on the CPU: it costs nothing, and a
     # seed means the same everywhere
-    distilled = stage.distill(look.images, view_conditions(stage, look), stage.progress, stage.generator)
+    distilled = stage.distill(look.images, view_conditions(stage, look), stage.progress, [stage.rows])
     loss = distilled.loss + look.penalties
 
     # 3. a step of Adam
     stage.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    stage.share.average(stage.optimizer)
     stage.optimizer.step()
     return StepState(stage, look.rendering, loss.detach(), distilled.gradient_norm)
 

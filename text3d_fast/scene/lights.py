@@ -35,6 +35,10 @@ class Lights:
     def __len__(self) -> int:
         return len(self.position)
 
+    def __getitem__(self, rows: slice | Tensor) -> Lights:
+        """Some of the lights: a slice, or a tensor of indices or booleans."""
+        return Lights(self.position[rows], self.diffuse[rows], self.ambient[rows])
+
     def to(self, device: torch.device | str) -> Lights:
         return Lights(self.position.to(device), self.diffuse.to(device), self.ambient.to(device))
 

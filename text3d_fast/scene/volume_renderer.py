@@ -62,11 +62,11 @@ class VolumeRenderer:
         lights: Lights | None = None,
         mode: str = "albedo",
         normals: str | None = None,
-        generator: torch.Generator | None = None,
+        jitter: Tensor | None = None,
     ) -> Rendering:
         """background: [B, 3], or [B, H, W, 3]. lights: one for each camera, needed unless mode is "albedo".
         normals: "analytic" or "finite" to get them with "albedo" too; lit modes default to "analytic".
-        generator: jitters the samples along each ray; None: none.
+        jitter: [B, H, W] in 0..1, by how much of a step the samples of each ray are moved along it; None: 0.
         """
         if mode != "albedo":
             normals = normals or "analytic"
@@ -74,7 +74,7 @@ class VolumeRenderer:
                 raise ValueError(f"lights: expected one for each camera with mode {mode!r}, got None")
         shape = (len(cameras), cameras.height, cameras.width)
         origins, directions = (part.detach().reshape(-1, 3) for part in cameras.rays())
-        samples = self.march(origins, directions, generator)
+        samples = self.march(origins, directions, None if jitter is None else jitter.reshape(-1))
         fused = (type(field) is RadianceField and field.grid.compute_dtype in (None, torch.float32)
                  and normals != "finite" and ops.renders_fused(origins.device))
         render = self._render_fused if fused else self._render_by_parts
@@ -114,15 +114,13 @@ class VolumeRenderer:
         return *out[:4], orientation
 
     @torch.no_grad()
-    def march(self, origins: Tensor, directions: Tensor, generator: torch.Generator | None) -> ops.RaySamples:
+    def march(self, origins: Tensor, directions: Tensor, jitter: Tensor | None) -> ops.RaySamples:
         """Samples inside the ball."""
         middle = -(origins * directions).sum(-1)
         half = (self.radius**2 - origins.square().sum(-1) + middle.square()).clamp_min(0).sqrt()
         near, far = (middle - half).clamp_min(0), (middle + half).clamp_min(0)
-        jitter = None
-        if generator is not None:
-            jitter = torch.rand(len(origins), generator=generator, device=generator.device).to(origins.device)
-        return ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step, jitter=jitter,
+        return ops.march_rays(origins, directions, self.occupancy, near=near, far=far, step=self.step,
+                              jitter=None if jitter is None else jitter.to(origins.device),
                               capacity=self.capacity)
 
     def visible_density(self, field: RadianceField) -> Callable[[Tensor], Tensor]:

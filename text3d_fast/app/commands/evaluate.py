@@ -22,8 +22,9 @@ class Evaluate:
 
     quick: bool = False
     """A part of the suite, at most 20 minutes on 2 CPU cores: 4 prompts, seed 0, 300 steps."""
-    pipeline: Literal["dreamfusion", "magic3d"] = "dreamfusion"
-    """magic3d: the mesh of its coarse stage beside that of its fine stage, with the camera given."""
+    pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
+    """magic3d: the mesh of its coarse stage beside that of its fine stage, with the camera given. prolificdreamer: VSD
+    beside SDS, several results of a prompt by each: quality, saturation, and diversity against the world's own."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The prior to measure beside the analytic one; as for generate, by default "toybox"."""
     camera_only: bool = False
@@ -33,12 +34,19 @@ class Evaluate:
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = ()
     """One run for each; by default 0 1 2."""
     steps: Annotated[int | None, arg(metavar="N")] = None
-    """By default as for generate."""
+    """By default as for generate; prolificdreamer: 300."""
+    particles: Annotated[int | None, arg(metavar="N")] = None
+    """prolificdreamer: results of a prompt by each method, in the place of seeds; by default 4."""
     out: Path = Path("runs/evaluation")
     """The folder for meshes, table and JSON; an interrupted evaluation goes on where it stopped."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __call__(self) -> int:
+        particles = self.pipeline == "prolificdreamer"
+        if self.particles is not None and not particles:
+            return fail("--particles: only --pipeline prolificdreamer has it")
+        if particles and (self.seeds or self.camera_only):
+            return fail("--seeds, --camera-only: not with --pipeline prolificdreamer, which takes --particles")
         try:
             from text3d_fast.evaluation import suite
         except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ class Generate:
       text3d-fast generate "a red mug" --pipeline magic3d
       text3d-fast generate "a mug" --pipeline prolificdreamer --particles 4
       text3d-fast generate --prompts prompts.txt --seeds 0 1 2
+      torchrun --nproc-per-node 2 -m text3d_fast generate "a mug" --pipeline prolificdreamer --particles 4
       text3d-fast generate "a corgi" --model path/or/hub-id/of/a/stable-diffusion-model --device cuda
     """
 
@@ -101,6 +103,8 @@ class Generate:
         if self.prompts is None and not self.seeds:
             out = options.out or default_folder(self.prompt, options.resume)
             return optimize(command, [Job(self.prompt, self.seed, out, options.resume)], options, out)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return fail("--prompts, --seeds: several processes (torchrun) make one result at a time")
         try:
             prompts = [self.prompt] if self.prompts is None else read_prompts(self.prompts)
             out = options.out or batch_folder(self.prompts, self.prompt, options.resume)

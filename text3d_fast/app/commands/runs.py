@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from text3d_fast.app.commands.outcome import INTERRUPTED, explain, fail
-from text3d_fast.errors import EmptyMesh, Interrupted
+from text3d_fast.errors import EmptyMesh, Interrupted, ProcessLost
 
 CHECKPOINT = "checkpoint.safetensors"
 LEAST_MEMORY = 700 << 20  # of addresses
@@ -87,17 +87,21 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
     from text3d_fast.app.progress import Progress
 
     job = next(iter(jobs), None)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that shows and writes
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(options.quiet))
+        progress = stack.enter_context(Progress(options.quiet or not first))
         progress.say("loading")  # seconds
         try:
             check_memory()
+            from text3d_fast.pipelines import distributed
+
+            stack.enter_context(distributed.join())
             settings = dict(parse_setting(text) for text in options.set)
             set_threads(options)
             if options.mp4:
                 check_video()
-            watchers, live = [progress], None
-            if options.live:
+            watchers, live = [progress] if first else [], None
+            if options.live and first:
                 from text3d_fast.app.live import LiveView
 
                 live = stack.enter_context(LiveView(port=options.port, say=progress.say))
@@ -112,20 +116,21 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                 for watcher in watchers:
                     watcher.report(what, done)
 
-            pipeline, status = command.make(settings), 0
-            for job in jobs:
-                try:
-                    for watcher in watchers:
-                        watcher.begin(pipeline, job.prompt, options.steps, job.out)
-                    outcome = command.run(pipeline, job, step, report)
-                    if options.mp4:
-                        write_turntables(outcome, job.out)
-                    for watcher in watchers:
-                        watcher.end(outcome)
-                except EmptyMesh as error:
-                    outcome, status = error, explain(error)
-                if command.finished is not None:
-                    command.finished(job, outcome)
+            with distributed.giving_reasons():
+                pipeline, status = command.make(settings), 0
+                for job in jobs:
+                    try:
+                        for watcher in watchers:
+                            watcher.begin(pipeline, job.prompt, options.steps, job.out)
+                        outcome = command.run(pipeline, job, step, report)
+                        if options.mp4 and first:
+                            write_turntables(outcome, job.out)
+                        for watcher in watchers:
+                            watcher.end(outcome)
+                    except EmptyMesh as error:
+                        outcome, status = error, explain(error)
+                    if command.finished is not None:
+                        command.finished(job, outcome)
             if live is not None:
                 with contextlib.suppress(KeyboardInterrupt):
                     live.wait()
@@ -137,6 +142,8 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                 raise
             what = f"Stopped; the last checkpoint is in {job.out}"
         except Exception as error:
+            if isinstance(error, ProcessLost):
+                distributed.speak_for_the_first()
             status = explain(error)
             if status is None:
                 raise
@@ -144,7 +151,8 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                 print(f"The last checkpoint is in {job.out}. To go on:\n  {resume_command(command, options, out)}",
                       file=sys.stderr)
             return status
-    print(f"\n{what}. To go on:\n  {resume_command(command, options, out)}", file=sys.stderr)
+    if first:
+        print(f"\n{what}. To go on:\n  {resume_command(command, options, out)}", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -235,4 +243,6 @@ def option_words(options: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
 def resume_command(command: Command, options: RunOptions, out: Path) -> str:
     """The command line that continues this run."""
     shared = option_words(options, ("resume", "out"))
-    return shlex.join(["text3d-fast", *command.words, "--resume", "--out", str(out), *command.own, *shared])
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    started = ["text3d-fast"] if processes == "1" else ["torchrun", "--nproc-per-node", processes, "-m", "text3d_fast"]
+    return shlex.join([*started, *command.words, "--resume", "--out", str(out), *command.own, *shared])

@@ -1,6 +1,6 @@
 """A step of VSD and the training of its score, in each way of calling the networks: FLOPs, time, memory.
 
-    python benchmarks/bench_vsd.py             FLOPs of Stable Diffusion 2.1's U-Net at 512^2, time and memory at 256^2
+    python benchmarks/bench_vsd.py             FLOPs of Stable Diffusion 2.1's U-Net at 512^2, time and memory at 128^2
     pytest benchmarks/bench_vsd.py --benchmark-only                      time alone; on a CPU with a small U-Net
 
 A step is the VSD gradient on x (no renderer, no encoder) and one update of the LoRA; one image, guidance weight 6.5.
@@ -191,8 +191,8 @@ except ImportError:  # as a script, pytest is not needed
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--latent", type=int, default=32, help="size of the latents to time: an eighth of the image's")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--latent", type=int, default=16, help="size of the latents to time: an eighth of the image's")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="time a small U-Net instead of Stable Diffusion 2.1's")
     given = parser.parse_args()
     flops(given.variants, 64)

@@ -48,7 +48,8 @@ class ParticleStage(Stage):
     def build(self, previous: Stage | None) -> None:
         if previous is not None and not isinstance(previous, ParticleStage):
             raise ValueError(f"previous: expected a finished stage of particles, got {previous!r}")
-        self.views = ViewPrompts(self.config.view_words, *self.config.view_sectors)
+        front, back = self.config.view_sectors
+        self.views = ViewPrompts(self.config.view_words, front=front, back=back)
         numbers, self.share = distributed.dealt(self.run.particles)
         befores = dict.fromkeys(numbers) if previous is None else previous.particles
         self.particles: dict[int, VolumeStage | MeshStage] = {}

@@ -142,12 +142,13 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                 raise
             what = f"Stopped; the last checkpoint is in {job.out}"
         except Exception as error:
-            if isinstance(error, ProcessLost):
+            lost = isinstance(error, ProcessLost)
+            if lost:
                 distributed.speak_for_the_first()
             status = explain(error)
             if status is None:
                 raise
-            if progress.stage is not None and (job.out / CHECKPOINT).is_file():
+            if (lost or progress.stage is not None) and (job.out / CHECKPOINT).is_file():
                 print(f"The last checkpoint is in {job.out}. To go on:\n  {resume_command(command, options, out)}",
                       file=sys.stderr)
             return status

@@ -34,7 +34,7 @@ SMALL = {"block_out_channels": (64, 128, 192, 192), "attention_head_dim": 8, "cr
 class RandomPrior:
     """A prior of random weights, with what `LoraPrior` needs of its base: only its cost matters."""
 
-    prediction_type = "epsilon"
+    prediction_type, views = "epsilon", 1
 
     def __init__(self, configuration: dict, device: torch.device, dtype: torch.dtype = torch.float32):
         from diffusers import UNet2DConditionModel

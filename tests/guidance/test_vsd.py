@@ -188,6 +188,16 @@ def test_reused_calls_train_the_score_as_their_own_step_would():
     torch.testing.assert_close(before, separate.score.module.state_dict(), rtol=0, atol=0)
 
 
+def test_a_reused_call_leaves_the_graph_of_the_pictures_alone():
+    vsd = learned("reused")
+    vsd.score.prediction_type = "v_prediction"  # its target has the picture in it
+    particles = start()[:4].reshape(-1, 1, 1, 1).clone().requires_grad_()
+    found = vsd.from_encoded(2 * particles, Conditions([""] * 4), generator=torch.Generator().manual_seed(3))
+    assert particles.grad is None
+    found.loss.backward()
+    torch.testing.assert_close(particles.grad, 2 * found.gradient.to(particles) / 4)
+
+
 def test_resume_is_exact():
     def steps(vsd, x, generator, count):
         for _ in range(count):

@@ -146,7 +146,7 @@ class VariationalScoreDistillation(DistillationLoss):
         if self.calls == "reused":
             with torch.enable_grad():
                 prediction = self.score.predict(x_t, t, own)
-                self._descend(prediction, self.score.schedule.target(x, noise, t, self.score.prediction_type))
+                self._descend(prediction, self.score.schedule.target(x.detach(), noise, t, self.score.prediction_type))
             second = self.score.schedule.to_noise(prediction.detach(), x_t, t, self.score.prediction_type)
         else:
             (second,) = predict_noises(self.score, x_t, t, [own])

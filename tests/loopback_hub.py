@@ -13,11 +13,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class LoopbackHub:
-    """repositories: hub id -> the folder with its files. `fetched` has the names of those that were sent."""
+    """repositories: hub id -> the folder with its files. `fetched` has those that were sent, as
+    owner/name/file."""
 
     def __init__(self, repositories: dict[str, Path]):
         hub = self
-        self.repositories, self.fetched = repositories, []
+        self.repositories, self.fetched = repositories, set()
 
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
@@ -56,7 +57,7 @@ class LoopbackHub:
                 file = folder / path.removeprefix(f"{name}/resolve/").partition("/")[2]
                 if file.is_file():
                     if body:
-                        self.fetched.append(file.relative_to(folder).as_posix())
+                        self.fetched.add(f"{name}/{file.relative_to(folder).as_posix()}")
                     return self.send(request, file.read_bytes(), body, {"ETag": f'"{self.tag(file)}"'})
         return self.send(request, b"", body, {"X-Error-Code": "RepoNotFound"}, 404)
 

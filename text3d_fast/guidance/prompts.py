@@ -55,6 +55,7 @@ class ViewPrompts:
     overhead         elevation in degrees above which the view is overhead (DreamFusion: 60)
     front, back      half-widths in degrees of the front and back sectors. 45 is the nearest of front / side / back,
                      as in DreamFusion; ProlificDreamer's reproductions use 30
+    texts            view -> what stands for the text in that view's prompt (see `debias`); {}: the text itself
     """
 
     wording: str | Mapping[str, str] = "side"
@@ -62,6 +63,7 @@ class ViewPrompts:
     overhead: float = 60.0
     front: float = 45.0
     back: float = 45.0
+    texts: Mapping[str, str] = field(default_factory=dict)
     phrases: Mapping[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,11 +104,11 @@ class ViewPrompts:
             raise ValueError(
                 f"text, elevation, azimuth: expected one length, got {len(texts)}, {len(angles[0])}, {len(angles[1])}"
             )
-        return [self._join(t, self.phrase(e, a)) for t, e, a in zip(texts, *angles, strict=True)]
+        return [self._prompt(t, self.view(e, a)) for t, e, a in zip(texts, *angles, strict=True)]
 
     def all(self, text: str) -> list[str]:
         """Every prompt this text can become, without repeats: what to embed before the text encoder is freed."""
-        return list(dict.fromkeys([text, *(self._join(text, self.phrases[view]) for view in VIEWS)]))
+        return list(dict.fromkeys([text, *(self._prompt(text, view) for view in VIEWS)]))
 
     def negatives(self, text: str, amount: float) -> dict[str, dict[str, float]]:
         """Perp-Neg's negative prompts of each view's prompt, for `DistillationLoss`: a view is pushed off those that a
@@ -115,11 +117,12 @@ class ViewPrompts:
         found: dict[str, dict[str, float]] = {}
         if amount > 0:
             for view, others in _PUSHED_OFF.items():
-                prompt = self._join(text, self.phrases[view])
-                away = {self._join(text, self.phrases[other]): amount for other in others if self.phrases[other]}
+                prompt = self._prompt(text, view)
+                away = {self._prompt(text, other): amount for other in others if self.phrases[other]}
                 away.pop(prompt, None)
                 found.setdefault(prompt, {}).update(away)
         return found
 
-    def _join(self, text: str, phrase: str) -> str:
+    def _prompt(self, text: str, view: str) -> str:
+        text, phrase = self.texts.get(view, text), self.phrases[view]
         return self.template.format(text=text, view=phrase) if phrase and text else text

@@ -36,6 +36,8 @@ class GuidanceConfig:
     clip           largest root mean square of one image's gradient, or null
     perp_neg       how strongly each view is pushed off the prompts of other views (Perp-Neg, against faces on every
                    side); up to two more rows of the network a picture
+    debias         folder or hub id of a masked language model (a BERT): words that contradict a view are left out of
+                   its prompt; null: none
     """
 
     distillation: str = "sds"
@@ -51,6 +53,7 @@ class GuidanceConfig:
     clip: float | None = None
     negative_prompt: str = ""
     perp_neg: float = 0.0
+    debias: str | None = None
 
     def __post_init__(self) -> None:
         if self.distillation not in ("sds", "csd", "bridge", "ism"):

@@ -11,13 +11,18 @@ from text3d_fast import geometry
 from text3d_fast.errors import EmptyMesh
 from text3d_fast.geometry import Mesh
 from text3d_fast.guidance import DistillationLoss
-from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import DeformableTetGrid
 from text3d_fast.pipelines.config import MeshConfig
 from text3d_fast.pipelines.pictures import mesh_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
 from text3d_fast.pipelines.surface import asset, choose_threshold
-from text3d_fast.pipelines.volume_stage import VolumeStage, distillation_step, sample_cameras, score_distillation
+from text3d_fast.pipelines.volume_stage import (
+    VolumeStage,
+    distillation_step,
+    sample_cameras,
+    score_distillation,
+    view_prompts,
+)
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights, headlights
@@ -56,8 +61,7 @@ class MeshStage(Stage):
         self._rates = [rate for _, rate in groups]
         self.optimizer = torch.optim.Adam([{"params": parameters} for parameters, _ in groups],
                                           lr=0.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
-        self.views = ViewPrompts(self.config.view_words, front=self.config.view_sectors[0],
-                                 back=self.config.view_sectors[1])
+        self.views = view_prompts(self.config, self.prompt)
         self.distill = self.distillation()
         self.prior.prepare(self.distill.texts(self.views.all(self.prompt)))
 

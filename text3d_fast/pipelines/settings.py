@@ -56,6 +56,7 @@ SETTINGS: dict[str, Setting] = {
     "guidance.final_time": _s(0, 1, "and between these at the end"),
     "guidance.time_end": _s(1e-6, 1, "progress at which the end of that movement is reached"),
     "guidance.clip": _s(1e-9, 1e9, "largest root mean square of one picture's gradient"),
+    "guidance.debias": _t("folder or hub id of a masked language model; words against a view leave its prompt"),
     "guidance.perp_neg": _s(0, 10, "how strongly views are pushed off each other's prompts; Perp-Neg, 0: not"),
     "field.levels": _s(1, 32, "of the hash grid"),
     "field.features": _s(1, 8, "per level: 1, 2, 4 or 8"),

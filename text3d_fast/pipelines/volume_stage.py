@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from text3d_fast import ops
 from text3d_fast.guidance import DISTILLATIONS, Conditions, DistillationLoss, TimeRange
+from text3d_fast.guidance.debias import MaskedViews, debias
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import OccupancyGrid
-from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, VolumeConfig
+from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, MeshConfig, VolumeConfig
 from text3d_fast.pipelines.pictures import volume_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
 from text3d_fast.pipelines.surface import volume_surface
@@ -52,7 +53,7 @@ class VolumeStage(Stage):
         self._rates = [rate for _, rate in groups]
         self.optimizer = torch.optim.Adam([{"params": list(module.parameters())} for module, _ in groups],
                                           lr=0.0, betas=(0.9, 0.99), eps=1e-15, fused=True)
-        self.views = ViewPrompts(config.view_words, front=config.view_sectors[0], back=config.view_sectors[1])
+        self.views = view_prompts(config, self.prompt)
         self.distill = self.distillation()
         self.prior.prepare(self.distill.texts(self.views.all(self.prompt)))
 
@@ -178,6 +179,14 @@ def score_distillation(stage: VolumeStage | MeshStage | ParticleStage) -> Distil
     return DISTILLATIONS[chosen.distillation](
         stage.prior, chosen.weight, chosen.weighting, time_range(chosen), **options
     )
+
+
+def view_prompts(config: VolumeConfig | MeshConfig, prompt: str) -> ViewPrompts:
+    """Of the stage's settings."""
+    front, back = config.view_sectors
+    chosen = config.guidance.debias
+    texts = {} if chosen is None else debias(prompt, MaskedViews(chosen))
+    return ViewPrompts(config.view_words, front=front, back=back, texts=texts)
 
 
 def guidance_options(chosen: GuidanceConfig, views: ViewPrompts, prompt: str) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def test_pause_holds_the_run_and_shows_where_the_visitor_goes(page):
     worker = threading.Thread(target=run, args=(step,))
     worker.start()
     wait_for(lambda: "paused" in view._text.content)
+    wait_for(lambda: len(visitor.pictures[-1]) == live.ROWS[1])  # a sharp one of where the visitor rests
     shown = len(visitor.pictures)
     visitor.camera.position, visitor.camera.update_timestamp = np.array([0.0, 2.75, 0.1]), 2.0
     wait_for(lambda: len(visitor.pictures) > shown)
@@ -147,7 +148,7 @@ def test_every_stage_of_every_pipeline_can_be_looked_at(page, kind, monkeypatch)
     view.end(result)
     if kind is ProlificDreamer:
         view._choice.value = "2"
-        wait_for(lambda: view._meshes[1].visible)
+        wait_for(lambda: view._meshes[1].visible and not view._meshes[0].visible)
 
 
 def test_the_picture_is_that_of_the_visitors_camera(page):
@@ -155,7 +156,9 @@ def test_the_picture_is_that_of_the_visitors_camera(page):
     kept = []
     run(lambda number, state: (view.step(number, state), kept.append(state.stage)))
     rows = 40
-    ours = kept[-1].picture(Cameras.orbit(0.0, 0.0, 2.75, 0.7, (rows, 60)))[0]
+    view_from = Cameras.orbit(0.4, 0.8, 2.2, 0.7, (rows, 60))
+    ours = kept[-1].picture(view_from)[0]
+    visitor.camera.position = view_from.position[0].numpy()
     theirs = view.picture(visitor.camera, rows)
     assert np.abs(theirs / 255 - ours.numpy()).max() < 0.01
 

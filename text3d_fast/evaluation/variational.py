@@ -40,7 +40,7 @@ from text3d_fast.toybox.scenes import Description, Scene, build_scene, sample_pa
 
 WORLD = "the world"
 STRONG = 99.0  # the guidance that SDS is used with elsewhere, 100 in their form
-PROMPTS, PARTICLES, STEPS = ("a mug", "a blue chair"), 4, 300
+PROMPTS, PARTICLES, STEPS = ("a mug", "a blue chair"), 8, 300
 QUICK_PROMPTS, QUICK_PARTICLES, QUICK_STEPS = ("a mug",), 2, 100
 
 

@@ -17,6 +17,7 @@ class Evaluate:
 
     Examples:
       text3d-fast evaluate --quick
+      text3d-fast evaluate --pipeline prolificdreamer --particles 4 --prompts "a mug"
       text3d-fast evaluate --model analytic --camera-only --seeds 0 --prompts "a red mug" "a blue chair"
     """
 
@@ -36,7 +37,7 @@ class Evaluate:
     steps: Annotated[int | None, arg(metavar="N")] = None
     """By default as for generate; prolificdreamer: 300."""
     particles: Annotated[int | None, arg(metavar="N")] = None
-    """prolificdreamer: results of a prompt by each method, in the place of seeds; by default 4."""
+    """prolificdreamer: results of a prompt by each method, in the place of seeds; by default 8."""
     out: Path = Path("runs/evaluation")
     """The folder for meshes, table and JSON; an interrupted evaluation goes on where it stopped."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

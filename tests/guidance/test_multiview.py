@@ -168,3 +168,12 @@ def test_bad_settings_are_named(folder):
             DiffusionPrior.from_pretrained(folder)
     finally:
         (folder / "text3d.json").write_text(text)
+
+
+def test_memory_is_that_of_a_whole_group(folder):
+    from text3d_fast.guidance import open_model
+    from text3d_fast.guidance.models.memory import estimate
+
+    model = open_model(folder)
+    group = estimate(model, torch.device("cpu"))
+    assert group == estimate(model, torch.device("cpu"), pictures=VIEWS) and group.operations > 0

@@ -99,8 +99,9 @@ def _describe_model(model: str, device: str, options: ModelOptions) -> dict[str,
         needs = estimate(folder, torch.device(kind), options)
     gib = {name: getattr(needs, name) / 2**30 for name in ("peak", "weights", "step", "forward", "text")}
     about = folder.describe()
+    pictures = "a picture" if folder.settings.views == 1 else f"{folder.settings.views} pictures"
     about[f"peak memory, {kind}"] = (
-        f"{gib['peak']:.2f} GiB in {str(dtype).removeprefix('torch.')} for a picture a step: weights "
+        f"{gib['peak']:.2f} GiB in {str(dtype).removeprefix('torch.')} with {pictures} a step: weights "
         f"{gib['weights']:.2f}, guidance and the encoder's backward {gib['step']:.2f} (without backward "
         f"{gib['forward']:.2f}); before them the text encoder {gib['text']:.2f}")
     about["work of a step"] = f"{needs.operations / 1e12:.2f} TFLOP"

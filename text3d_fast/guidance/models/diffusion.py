@@ -258,7 +258,7 @@ class DiffusionPrior(Prior):
         from text3d_fast.guidance.models.memory import estimate, seconds_on_cpu
 
         tiny = self._vae_config if self._vae_config is not self.folder.vae else None
-        return seconds_on_cpu(estimate(self.folder, self.device, tiny_config=tiny).operations)
+        return seconds_on_cpu(estimate(self.folder, self.device, tiny_config=tiny).operations) / self.views
 
     def describe(self) -> dict[str, Any]:
         """What `doctor --model` prints, with what is resident now."""

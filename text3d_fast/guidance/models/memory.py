@@ -26,6 +26,7 @@ from text3d_fast.errors import ModelError
 from text3d_fast.guidance.models.diffusion import DiffusionPrior, dtype_of
 from text3d_fast.guidance.models.folder import ModelFolder
 from text3d_fast.guidance.models.loading import empty_component, load_schedule
+from text3d_fast.guidance.models.multiview import share_attention
 from text3d_fast.guidance.models.options import ModelOptions
 from text3d_fast.guidance.models.sources import brief
 from text3d_fast.guidance.prior import Conditions
@@ -57,15 +58,19 @@ class MemoryEstimate:
 
 
 def estimate(folder: ModelFolder, device: torch.device, options: ModelOptions | None = None,
-             pictures: int = 1, tiny_config: dict[str, Any] | None = None) -> MemoryEstimate:
-    """For a model loaded on that device with these options, and steps of `pictures` at a time.
+             pictures: int | None = None, tiny_config: dict[str, Any] | None = None) -> MemoryEstimate:
+    """For a model loaded on that device with these options, and steps of `pictures` at a time (None: one, or the views
+    of a multi-view model).
 
     tiny_config   of the AutoencoderTiny that is used, if its files need not be asked
     """
     options = options or ModelOptions()
+    pictures = folder.settings.views if pictures is None else pictures
     dtype = dtype_of(options.dtype, device)
     meta = torch.device("meta")
     unet = _cast(empty_component("unet", folder), dtype)
+    if folder.settings.views > 1:
+        share_attention(unet, folder.settings.views)
     text = empty_component("text_encoder", folder)
     width, vae = folder.unet.get("encoder_hid_dim") or folder.unet["cross_attention_dim"], None
     if folder.vae is not None:

@@ -311,3 +311,10 @@ def test_waiting_threads_sleep_unless_told_otherwise(given, policy):
     clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | given)
     assert done.stdout.split() == [policy, "False"], done.stderr
+
+
+def test_a_reader_that_has_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "text3d_fast", "generate", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -1,5 +1,6 @@
 """What people use: the command line, its progress display, the doctor and the viewer."""
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -18,4 +19,8 @@ def main() -> int:
 
     memory.keep_freed_memory()
     threads.sleep_when_waiting()
-    return cli.main()
+    try:
+        return cli.main()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -72,6 +72,8 @@ def test_the_fine_stage_starts_from_the_coarse_folder_to_the_same_result(finishe
     alone = pipeline().run("a ball", out=tmp_path / "fine", start=tmp_path / "coarse")
     torch.testing.assert_close(alone.mesh.vertices, whole.mesh.vertices, rtol=0, atol=0)
     torch.testing.assert_close(alone.mesh.colors, whole.mesh.colors, rtol=0, atol=0)
+    edit = Edit(tmp_path / "fine", "cpu", BlueBall())  # what the fine stage began with is there, too
+    assert edit.run("a blue ball", 1, out=tmp_path / "edit").metrics["steps"] == 1
     with pytest.raises(ValueError, match="start: the stage fine begins with a finished coarse"):
         pipeline().run("a ball", stage="fine")
     with pytest.raises(CheckpointError):

@@ -114,7 +114,7 @@ class Pipeline:
         if folder is not None:
             config = folder.open(config, resume, any_steps=steps is None, changes=self.changes)
         try:
-            finished = self._finished(before, start) if before else None
+            finished = self._finished(before, start, folder) if before else None
             makers = [(kind.name, partial(self._make, config, kind)) for kind in chosen]
             last = Trainer(makers, folder, callback).run(resume, finished)
             return finish(last, folder, self.about(), report)
@@ -145,13 +145,16 @@ class Pipeline:
         """What result.json says beyond what every run has."""
         return {}
 
-    def _finished(self, stages: Sequence[type[Stage]], start: str | Path) -> Stage:
-        """The last of these stages as the run in `start` left it; each needs the one before it to be built."""
+    def _finished(self, stages: Sequence[type[Stage]], start: str | Path, out: RunFolder | None = None) -> Stage:
+        """The last of these stages as the run in `start` left it; each needs the one before it to be built. The folder
+        `out` gets them too, so that it holds a whole run."""
         folder = RunFolder(start)
         config, stage = distributed.from_first(lambda: folder.saved_config(self.config_type)), None
         for kind in stages:
             stage = self._make(config, kind, stage)
             folder.restore_finished(stage)
+            if out is not None:
+                out.keep_finished(stage)
         return stage
 
     def _make(self, config: RunConfig, kind: type[Stage], previous: Stage | None) -> Stage:

@@ -223,7 +223,10 @@ class RunFolder:
 
     def keep_finished(self, stage: Stage) -> None:
         """Save a finished stage beside the checkpoint, which the next stage takes over."""
-        self._write(self / f"{stage.name}.safetensors", stage)
+        own = self / f"{stage.name}.safetensors"
+        if not own.exists():
+            self._made.append(own)
+        self._write(own, stage)
 
     def after_step(self, stage: Stage, force: bool = False) -> None:
         """Checkpoint and preview when due, at the end, or by force."""

@@ -8,7 +8,8 @@ path = sys.argv[1]
 names = {info.filename: info.compress_size for info in zipfile.ZipFile(path).infolist()}
 wanted = {str(file) for file in Path("text3d_fast").rglob("*.py") if "_triton" not in file.parts}
 wanted |= {f"text3d_fast/_triton/{file.name}" for file in Path("kernels/triton").glob("*.py")}
-wanted |= {str(file) for file in Path("text3d_fast/toybox/learned/weights").rglob("*") if file.is_file()}
+for data in ("text3d_fast/toybox/learned/weights", "text3d_fast/guidance/models/families"):
+    wanted |= {str(file) for file in Path(data).rglob("*") if file.is_file() and file.suffix != ".pyc"}
 wanted |= {"text3d_fast/py.typed"}
 missing = sorted(wanted - set(names))
 if not any(name.startswith("text3d_fast/_C") for name in names):

@@ -82,7 +82,6 @@ def estimate(folder: ModelFolder, device: torch.device, options: ModelOptions | 
     prior = DiffusionPrior(folder, lambda: unet, None if vae is None else lambda: vae, load_schedule(folder),
                            _Texts(width, dtype), meta, dtype, None if vae is None else dict(vae.config),
                            options.vae_slicing)
-    on_host = options.offload or device.type == "cpu"
     conditions = Conditions(["a"] * pictures)
     images = torch.rand(pictures, prior.image_size, prior.image_size, 3, device=meta, requires_grad=True)
 
@@ -93,9 +92,12 @@ def estimate(folder: ModelFolder, device: torch.device, options: ModelOptions | 
         with torch.no_grad():
             ScoreDistillation(prior, 7.5)(images, conditions)
 
-    weights = _bytes(unet) + (0 if vae is None or (options.offload and device.type != "cpu") else _bytes(vae))
-    text_bytes = 0 if options.offload and device.type != "cpu" else _count(text) * (4 if on_host else dtype.itemsize)
-    return MemoryEstimate(weights, text_bytes, _peak(step), _peak(sample), _operations(step))
+    offloaded = options.offload and device.type != "cpu"
+    encoder = 0 if vae is None else _bytes(vae)
+    text_bytes = 0 if offloaded else _count(text) * (4 if device.type == "cpu" else dtype.itemsize)
+    copies = encoder if offloaded else 0  # of the VAE's weights, while it runs
+    return MemoryEstimate(_bytes(unet) + encoder - copies, text_bytes, _peak(step) + copies, _peak(sample) + copies,
+                          _operations(step))
 
 
 def _cast(network: torch.nn.Module, dtype: torch.dtype) -> Any:
@@ -121,8 +123,8 @@ def _tiny(config: dict[str, Any]) -> Any:
 
 def seconds_on_cpu(operations: int) -> float:
     """About how long this machine takes for so many floating-point operations of a U-Net, from a convolution of one."""
-    x, weight = torch.randn(2, 320, 32, 32), torch.randn(320, 320, 3, 3)
-    x, weight = (value.to(memory_format=torch.channels_last) for value in (x, weight))
+    x, weight = (torch.ones(shape).to(memory_format=torch.channels_last)
+                 for shape in ((2, 320, 32, 32), (320, 320, 3, 3)))
     best = math.inf
     with torch.no_grad():
         for _ in range(4):

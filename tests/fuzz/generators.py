@@ -140,6 +140,33 @@ def mlp(draw: Draw) -> Call:
     return _call(ops.mlp, arguments, "x", "weights")
 
 
+def hash_mlp(draw: Draw) -> Call:
+    arguments = _hash_grid(draw)
+    grid = arguments.pop("spec")
+    del arguments["compute_dtype"]
+    spec = ops.MLPSpec(grid.output_dim, draw.random.randint(1, 5), draw.choice(3, 16), draw.choice(1, 2), "silu")
+    arguments |= {"weights": 0.3 * draw.normal(spec.num_params), "grid_spec": grid, "mlp_spec": spec}
+    return _call(ops.hash_mlp, arguments, "x", "params", "weights")
+
+
+def render_field(draw: Draw) -> Call:
+    samples = _samples(draw)
+    rays = len(samples["samples.ray_offsets"]) - 1
+    grid = ops.HashGridSpec(levels=draw.random.randint(1, 4), features=draw.choice(1, 2, 4), log2_table_size=6,
+                            base_resolution=3, interpolation=draw.choice("linear", "smoothstep"))  # fmt: skip
+    network = ops.MLPSpec(grid.output_dim, 4, draw.choice(5, 16), draw.choice(1, 2), draw.choice("silu", "softplus"))
+    spec = ops.FieldSpec(grid, network, radius=1.5, density=draw.choice("softplus", "exp"),
+                         blob=draw.choice("linear", "gaussian"), blob_scale=1.0)  # fmt: skip
+    mode = draw.choice("albedo", "lambertian", "textureless")
+    lights = ops.PointLights(2 * draw.normal(1, 3), draw.uniform(1, 3), draw.uniform(1, 3))
+    arguments = {"origins": 0.5 * draw.normal(rays, 3), "directions": draw.normal(rays, 3),
+                 "params": draw.normal(grid.num_params), "weights": 0.3 * draw.normal(network.num_params), **samples,
+                 "spec": spec, "mode": mode, "lights": None if mode == "albedo" else lights,
+                 "normals": draw.choice(True, False), "active_levels": draw.choice(None, 0, grid.levels),
+                 "early_stop": draw.choice(0.0, 1e-4)}  # fmt: skip
+    return _call(ops.render_field, arguments, "params", "weights")
+
+
 def march_rays(draw: Draw) -> Call:
     rays, levels = draw.size(), draw.random.randint(1, 3)
     directions = draw.normal(rays, 3)
@@ -233,6 +260,7 @@ def tet_grid(draw: Draw) -> Call:
 GENERATORS: dict[str, Callable[[Draw], Call]] = {
     generate.__name__: generate
     for generate in (composite, segmented_scan, prune_samples, hash_grid, hash_grid_grad, hash_grid_vjp, mlp,
+                     hash_mlp, render_field,
                      march_rays, rasterize, interpolate, antialias, antialias_topology, texture, mip_stack,
                      marching_tets, tet_grid)
 }

@@ -58,6 +58,48 @@ def hash_grid_vjp(device: torch.device, generator: torch.Generator) -> Case:
     return lambda x, params: ops.hash_grid_vjp(x, params, cotangent, SPEC), _grid_leaves(device, generator)
 
 
+NETWORK = ops.MLPSpec(SPEC.output_dim, 4, 17, 2, "silu")
+
+
+def _weights(device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    return 0.3 * torch.randn(NETWORK.num_params, generator=generator, device=device)
+
+
+def mlp(device: torch.device, generator: torch.Generator) -> Case:
+    x = torch.randn(3, 7, NETWORK.inputs, generator=generator, device=device)
+    return lambda x, weights: ops.mlp(x, weights, NETWORK), [x, _weights(device, generator)]
+
+
+def mlp_half(device: torch.device, generator: torch.Generator) -> Case:
+    x = torch.randn(5, NETWORK.inputs, generator=generator, device=device)
+    return (lambda x, weights: ops.mlp(x, weights, NETWORK, compute_dtype=torch.float16),
+            [x, _weights(device, generator)])
+
+
+def hash_mlp(device: torch.device, generator: torch.Generator) -> Case:
+    return (lambda x, params, weights: ops.hash_mlp(x, params, weights, SPEC, NETWORK),
+            [*_grid_leaves(device, generator), _weights(device, generator)])
+
+
+def _render_field(device: torch.device, generator: torch.Generator, mode: str) -> Case:
+    spec = ops.FieldSpec(SPEC, NETWORK, blob_scale=2.0)
+    samples = _samples(device)
+    origins = 0.3 * torch.randn(3, 3, generator=generator, device=device) - torch.tensor([0, 0, 0.6], device=device)
+    directions = torch.tensor([[0.0, 0.1, 1.0]] * 3, device=device)
+    lights = ops.PointLights(*torch.rand(3, 1, 3, generator=generator, device=device)) if mode != "albedo" else None
+    return (lambda params, weights: torch.cat([out[:, None] if out.dim() == 1 else out for out in ops.render_field(
+                origins, directions, params, weights, samples, spec, mode=mode, lights=lights) if out is not None], 1),
+            [_grid_leaves(device, generator)[1], _weights(device, generator)])
+
+
+def render_field(device: torch.device, generator: torch.Generator) -> Case:
+    return _render_field(device, generator, "albedo")
+
+
+def render_field_lit(device: torch.device, generator: torch.Generator) -> Case:
+    return _render_field(device, generator, "lambertian")
+
+
 def rasterize(device: torch.device, generator: torch.Generator) -> Case:
     pos, tri = _triangles(device)
     return lambda pos: torch.cat(ops.rasterize(pos, tri, (6, 7)), -1), [pos]
@@ -101,5 +143,6 @@ def marching_tets_a15(device: torch.device, generator: torch.Generator) -> Case:
 
 
 CASES = {case.__name__: case for case in (
-    composite, segmented_scan, hash_grid, hash_grid_half, hash_grid_grad, hash_grid_vjp, rasterize, interpolate,
-    texture, antialias, marching_tets_kuhn, marching_tets_a15)}
+    composite, segmented_scan, hash_grid, hash_grid_half, hash_grid_grad, hash_grid_vjp, mlp, mlp_half, hash_mlp,
+    render_field, render_field_lit, rasterize, interpolate, texture, antialias, marching_tets_kuhn, marching_tets_a15)}
+TWICE = ("hash_grid", "hash_grid_half", "mlp", "mlp_half", "hash_mlp")  # differentiable twice

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, TWICE
 from torch.autograd import forward_ad
 
 from text3d_fast import ops, use_backend
@@ -67,7 +67,7 @@ def test_second_derivatives_are_right_or_refused(name, device, generator):
         first = torch.autograd.grad(outer(function(*tracked)), tracked, create_graph=True)
         penalty = sum(g.square().sum() for g in first)
         total = penalty + sum(leaf.sum() for leaf in tracked)
-        if name in ("hash_grid", "hash_grid_half"):
+        if name in TWICE:
             got = torch.autograd.grad(total, tracked)
             with use_backend("reference"):
                 again = CASES[name](device, torch.Generator(device).manual_seed(0))[0]
@@ -85,7 +85,7 @@ def test_nested_functional_gradients(case, request):
     name = request.node.callspec.params["case"]
     loss = loss_of(function)
     nested = torch.func.grad(lambda first: torch.func.grad(loss)(first, *leaves[1:]).square().sum())
-    if not name.startswith("hash_grid") or name in ("hash_grid_grad", "hash_grid_vjp"):
+    if name not in TWICE:
         with pytest.raises(RuntimeError, match="derivatives of a higher order"):
             nested(leaves[0])
         return

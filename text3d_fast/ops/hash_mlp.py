@@ -3,6 +3,8 @@
 import torch
 
 from text3d_fast import backends
+from text3d_fast.ops.checks import float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.hash_grid import _check as check_grid
 from text3d_fast.ops.hash_grid import _hash_grid, _hash_grid_backward, hash_grid
 from text3d_fast.ops.mlp import _mlp, _mlp_backward, mlp
 from text3d_fast.ops.registration import define
@@ -35,6 +37,12 @@ def hash_mlp(
         return mlp(hash_grid(x, params, grid_spec, active_levels), weights, mlp_spec)
     active_levels = grid_spec.levels if active_levels is None else active_levels
     return _hash_mlp(x, params, weights, grid_spec.key, mlp_spec.key, active_levels, *chosen)
+
+
+def _check(x, params, weights, grid_key, mlp_key, active_levels, grid_backend, mlp_backend):
+    check_grid(x, params, None, grid_key, active_levels, grid_backend)
+    require_tensor("weights", weights, (MLPSpec.parse(mlp_key).num_params,), *float_dtypes(mlp_backend))
+    require_same_device(x=x, weights=weights)
 
 
 def _forward(x, params, weights, grid_key, mlp_key, active_levels, grid_backend, mlp_backend):
@@ -72,4 +80,4 @@ class _Derivative:
 
 _hash_mlp = define(
     "hash_mlp(Tensor x, Tensor params, Tensor weights, str grid_spec, str mlp_spec, SymInt active_levels, "
-    "str grid_backend, str mlp_backend) -> Tensor", _forward, _fake_forward, _Derivative)
+    "str grid_backend, str mlp_backend) -> Tensor", _forward, _fake_forward, _Derivative, _check)

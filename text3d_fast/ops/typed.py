@@ -56,6 +56,8 @@ class _Anything:
 def _widened(value):
     if isinstance(value, torch.Tensor):
         return value.float() if value.dtype in HALF_DTYPES else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a NamedTuple stays one
+        return type(value)(*map(_widened, value))
     return [_widened(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

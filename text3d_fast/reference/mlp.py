@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from text3d_fast.ops.mlp_spec import MLPSpec
+    from text3d_fast.ops.specs import MLPSpec
 
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "silu": functional.silu, "softplus": functional.softplus,
                "sigmoid": torch.sigmoid, "exp": torch.exp, "tanh": torch.tanh}

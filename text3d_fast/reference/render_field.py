@@ -42,7 +42,7 @@ def render_field(
         out = mlp(hash_grid(x, params, spec.grid, active_levels), weights, spec.mlp)
         raw = out[:, 0]
         if normals:
-            gradient = torch.autograd.grad(raw.sum(), x, create_graph=torch.is_grad_enabled())[0] / (2 * spec.radius)
+            gradient = _gradient(raw, x) / (2 * spec.radius)
     blob, slope = _blob(positions, spec)
     raw, albedo = raw + blob, torch.sigmoid(out[:, 1:])
     shown = softplus(raw) if spec.density == "softplus" else torch.exp(raw.clamp(max=15.0))
@@ -63,6 +63,13 @@ def render_field(
     if normals:
         orientation = weight.new_zeros(rays).index_add(0, ids, weight.detach() * per_sample)
     return values, opacity, depth, variance, orientation
+
+
+def _gradient(raw: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """d raw / dx of each sample, differentiable; 0 where no level of the grid is on."""
+    if not raw.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(raw.sum(), x, create_graph=True, materialize_grads=True)[0]
 
 
 def _blob(positions: torch.Tensor, spec: FieldSpec) -> tuple[torch.Tensor, torch.Tensor]:

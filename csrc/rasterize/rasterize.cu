@@ -1,12 +1,13 @@
 // No read-back and no overflow: one thread a triangle draws it if it is small, or queues it; one warp draws a medium one,
 // blocks share out large and clipped ones by tiles of 64 x 64 pixels. All lower keys with 64-bit atomicMin, whose order does
-// not matter, so the result is that of the CPU, bit for bit. A last kernel resolves the keys.
+// not matter, so the result is that of the CPU, bit for bit. A last kernel resolves the keys. Clipping is a warp's work.
 //
 // queue: two counters (medium, large), two words unused, then `queue_capacity` pairs (image, triangle): the medium ones
 // from the front, the large ones from the back. Every triangle is queued at most once, so they never meet.
 #include "rasterize/rasterize.h"
 #include "common/launch.h"
 #include "common/segmented.h"
+#include "common/vector_io.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
@@ -144,49 +145,113 @@ TEXT3D_HD bool touches(const SnappedTriangle& t, int32_t x, int32_t y) {
   return all;
 }
 
+// A queued triangle, ready to be drawn: its fan and the pixels that it may cover.
+struct Prepared {
+  SnappedTriangle fan[1 + kPlanes];
+  Box box;
+  int32_t triangles, image, id;
+};
+
+// Where a warp clips: corners before and after a plane, and what remains.
+struct ClipRoom {
+  double points[2][3 + kPlanes][4];
+  ClippedPolygon polygon;
+};
+
+// clip() of visibility.h by a warp, a lane for each edge: the same operations on the same numbers. Lanes 0 to 2 have a
+// corner of the triangle each.
+__device__ __forceinline__ void clip_by_warp(const float* corner, const Viewport& view, ClipRoom& room) {
+  const int32_t lane = int32_t(threadIdx.x) % 32;
+  int32_t count = 3, from = 0;
+  if (lane == 0) room.polygon.count = 0;
+  if (lane < 3)
+    for (int c = 0; c < 4; ++c) room.points[0][lane][c] = corner[c];
+  __syncwarp();
+  for (int32_t plane = 0; plane < kPlanes; ++plane) {
+    const int32_t edge = lane < count ? lane : 0;
+    const double *here = room.points[from][edge], *there = room.points[from][edge + 1 < count ? edge + 1 : 0];
+    const double d_here = plane_distance(here, plane, view.guard), d_there = plane_distance(there, plane, view.guard);
+    const bool keeps = lane < count && d_here >= 0., crosses = lane < count && (d_here >= 0.) != (d_there >= 0.);
+    const unsigned kept = __ballot_sync(~0u, keeps), crossed = __ballot_sync(~0u, crosses), below = (1u << lane) - 1u;
+    const int32_t total = __popc(kept) + __popc(crossed), place = __popc(kept & below) + __popc(crossed & below);
+    if (total < 3 || total > 3 + kPlanes) return;  // more: rounding made a non-convex polygon, which cannot be drawn
+    if (keeps)
+      for (int c = 0; c < 4; ++c) room.points[1 - from][place][c] = here[c];
+    if (crosses) {
+      const bool entering = d_there >= 0.;
+      const double *inner = entering ? there : here, *outer = entering ? here : there;
+      const double near = entering ? d_there : d_here, far = entering ? d_here : d_there;
+      const double t = near / (near - far);
+      for (int c = 0; c < 4; ++c) room.points[1 - from][place + int32_t(keeps)][c] = inner[c] + t * (outer[c] - inner[c]);
+    }
+    __syncwarp();
+    count = total, from = 1 - from;
+  }
+  const double* point = room.points[from][lane < count ? lane : 0];
+  const float x = float(point[0]), y = float(point[1]), z = float(point[2]), w = float(point[3]);
+  const float bound = 2.f * view.guard * w;
+  const bool fine = w >= kMinimumW && fabsf(x) <= bound && fabsf(y) <= bound && fabsf(z) <= 2.f * w;
+  if (!__all_sync(~0u, fine)) return;
+  if (lane < count) room.polygon.corners[lane] = snap(x, y, z, w, 0, view);
+  if (lane == 0) room.polygon.count = count;
+  __syncwarp();
+}
+
+// All lanes of a warp.
+__device__ __forceinline__ void prepare(const Scene& scene, int32_t item, ClipRoom& room, Prepared& out) {
+  const int32_t* entry = scene.p.queue + 4 + 2 * (scene.p.queue_capacity - 1 - item);
+  const int32_t image = entry[0], id = entry[1], lane = int32_t(threadIdx.x) % 32;
+  if (lane == 0) out.image = image, out.id = id;
+  if (!scene.outside(image, id)) {
+    if (lane == 0) {
+      out.fan[0] = scene.triangle(image, id);
+      out.box = bounds(out.fan[0], scene.view);
+      out.triangles = out.box.empty() ? 0 : 1;
+    }
+    return;
+  }
+  const float* pos = scene.p.pos + (scene.p.instanced ? 4 * image * scene.p.vertices : 0);
+  clip_by_warp(pos + 4 * int64_t(scene.p.tri[3 * int64_t(id) + (lane < 3 ? lane : 0)]), scene.view, room);
+  __syncwarp();
+  const int32_t triangles = room.polygon.count < 3 ? 0 : room.polygon.triangles();
+  if (lane < triangles) out.fan[lane] = room.polygon.triangle(lane);
+  if (lane == 0) {
+    out.triangles = triangles;
+    if (triangles > 0) {
+      room.polygon.bounds(scene.view, out.box.left, out.box.right, out.box.bottom, out.box.top);
+      if (out.box.empty()) out.triangles = 0;
+    }
+  }
+}
+
 __global__ void draw_large(Scene scene) {
-  TEXT3D_SHARED(SnappedTriangle, fan, 1 + kPlanes);
-  TEXT3D_SHARED(int32_t, shape, 5);
+  constexpr int32_t kTogether = kTileThreads / 32;  // triangles that a block prepares at a time, one a warp
+  TEXT3D_SHARED(Prepared, prepared, kTogether);
+  TEXT3D_SHARED(ClipRoom, rooms, kTogether);
   const int32_t count = scene.p.queue[1], thread = int32_t(threadIdx.x), blocks = int32_t(gridDim.x);
   // Few triangles: several blocks share the tiles of one. Many: each block has its own ones.
   const int32_t sharing = blocks > count ? blocks / (count > 0 ? count : 1) : 1, groups = blocks / sharing;
   const int32_t part = int32_t(blockIdx.x) % sharing, group = int32_t(blockIdx.x) / sharing;
-  for (int32_t item = group < groups ? group : count; item < count; item += groups) {
-    const int32_t* entry = scene.p.queue + 4 + 2 * (scene.p.queue_capacity - 1 - item);
-    const int32_t image = entry[0], id = entry[1];
-    __syncthreads();  // the fan of the item before is no longer read
-    if (thread == 0) {
-      Box box;
-      int32_t triangles = 1;
-      if (scene.outside(image, id)) {
-        const int32_t* v = scene.p.tri + 3 * int64_t(id);
-        const float* pos = scene.p.pos + (scene.p.instanced ? 4 * image * scene.p.vertices : 0);
-        const float* corners[3] = {pos + 4 * int64_t(v[0]), pos + 4 * int64_t(v[1]), pos + 4 * int64_t(v[2])};
-        const ClippedPolygon polygon = clip(corners, scene.view);
-        triangles = polygon.count < 3 ? 0 : polygon.triangles();
-        if (triangles > 0) polygon.bounds(scene.view, box.left, box.right, box.bottom, box.top);
-        for (int32_t k = 0; k < triangles; ++k) fan[k] = polygon.triangle(k);
-      } else {
-        fan[0] = scene.triangle(image, id);
-        box = bounds(fan[0], scene.view);
-      }
-      shape[0] = triangles > 0 && !box.empty() ? triangles : 0;
-      if (shape[0]) shape[1] = box.left, shape[2] = box.right, shape[3] = box.bottom, shape[4] = box.top;
-    }
+  for (int64_t first = group < groups ? group : count; first < count; first += int64_t(groups) * kTogether) {
+    __syncthreads();  // what was prepared before is no longer read
+    const int64_t own = first + int64_t(groups) * (thread / 32);
+    if (own < count) prepare(scene, int32_t(own), rooms[thread / 32], prepared[thread / 32]);
     __syncthreads();
-    const int32_t triangles = shape[0];
-    if (triangles == 0) continue;
-    const Box box{shape[1], shape[2], shape[3], shape[4]};
-    const int32_t columns = (box.right - box.left) / kTile + 1, tiles = columns * ((box.top - box.bottom) / kTile + 1);
-    for (int32_t tile = part; tile < tiles; tile += sharing) {
-      const int32_t x0 = box.left + tile % columns * kTile, y0 = box.bottom + tile / columns * kTile;
-      if (triangles == 1 && !touches(fan[0], x0, y0)) continue;
-      for (int32_t i = thread; i < kTile * kTile; i += kTileThreads) {
-        const int32_t x = x0 + i % kTile, y = y0 + i / kTile;
-        float depth;
-        if (x <= box.right && y <= box.top &&
-            cover(fan, triangles, x * kSubpixels + kHalfPixel, y * kSubpixels + kHalfPixel, depth))
-          scene.lower(image, x, y, depth, id);
+    for (int32_t n = 0; n < kTogether && first + int64_t(groups) * n < count; ++n) {
+      const Prepared& item = prepared[n];
+      if (item.triangles == 0) continue;
+      const Box box = item.box;
+      const int32_t columns = (box.right - box.left) / kTile + 1, tiles = columns * ((box.top - box.bottom) / kTile + 1);
+      for (int32_t tile = part; tile < tiles; tile += sharing) {
+        const int32_t x0 = box.left + tile % columns * kTile, y0 = box.bottom + tile / columns * kTile;
+        if (item.triangles == 1 && !touches(item.fan[0], x0, y0)) continue;
+        for (int32_t i = thread; i < kTile * kTile; i += kTileThreads) {
+          const int32_t x = x0 + i % kTile, y = y0 + i / kTile;
+          float depth;
+          if (x <= box.right && y <= box.top &&
+              cover(item.fan, item.triangles, x * kSubpixels + kHalfPixel, y * kSubpixels + kHalfPixel, depth))
+            scene.lower(item.image, x, y, depth, item.id);
+        }
       }
     }
   }
@@ -210,7 +275,8 @@ struct ResolvePixel {
               2.f / height, rast, db);
       rast[3] = encode_triangle_id(id);
     }
-    TEXT3D_UNROLL for (int c = 0; c < 4; ++c) p.rast[4 * i + c] = rast[c], p.rast_db[4 * i + c] = db[c];
+    store_values<4>(p.rast + 4 * i, rast);
+    store_values<4>(p.rast_db + 4 * i, db);
   }
 };
 
@@ -228,9 +294,7 @@ __global__ void gradient_kernel(RasterizeBackwardParams p) {
   const int32_t* v = p.tri + 3 * int64_t(id < 0 ? 0 : id);
   if (id >= 0) {
     float db[4] = {0.f, 0.f, 0.f, 0.f};
-    if (p.grad_db) {
-      TEXT3D_UNROLL for (int c = 0; c < 4; ++c) db[c] = p.grad_db[4 * i + c];
-    }
+    if (p.grad_db) load_values<4>(p.grad_db + 4 * i, db);
     const float width = float(p.width), height = float(p.height), *pos = p.pos + 4 * first;
     resolve_gradient<true>(load_corner(pos + 4 * int64_t(v[0])), load_corner(pos + 4 * int64_t(v[1])),
                            load_corner(pos + 4 * int64_t(v[2])), pixel_centre(int32_t(within % p.width), width),

@@ -272,9 +272,9 @@ struct TexturePixel {
 };
 
 // Backward for one pixel. `owner` of `owners` adds only to texels in its bands of rows: with owners > 1 threads share the
-// pixels and split the texels, so no atomics are needed and every texel sums in pixel order.
+// pixels and split the texels, so no atomics are needed and every texel sums in pixel order. CUDA adds to texels itself.
 struct TextureBackwardPixel {
-  TextureBackwardParams p;
+  const TextureBackwardParams& p;
   bool texels, coordinates;  // which gradients this pass writes
   int owner, owners;
 
@@ -287,13 +287,7 @@ struct TextureBackwardPixel {
     if (index < 0 || !p.grad_mips[level]) return;
     if (owners > 1 && int(index / p.widths[level] / 8 % owners) != owner) return;
     double* texel = p.grad_mips[level] + level_offset(level, image) + index * p.channels;
-    for (int c = 0; c < p.channels; ++c) {
-#if defined(__CUDA_ARCH__)
-      atomicAdd(texel + c, double(weight * g[c]));
-#else
-      texel[c] += double(weight * g[c]);
-#endif
-    }
+    for (int c = 0; c < p.channels; ++c) texel[c] += double(weight * g[c]);
   }
 
   // Adds scale * d(level's value . g) to *ds, *dt; returns value . g.

@@ -14,6 +14,7 @@
 #include "interpolate/interpolate.h"
 #include "rasterize/rasterize.h"
 #include "hash_grid/hash_grid.h"
+#include "hash_mlp/hash_mlp.h"
 #include "mlp/mlp.h"
 #include "render_field/render_field.h"
 #include "segmented_scan/segmented_scan.h"
@@ -29,6 +30,12 @@
   TEXT3D_ENTRY(mlp_forward, MLPForwardParams)                           \
   TEXT3D_ENTRY(mlp_backward, MLPBackwardParams)                         \
   TEXT3D_ENTRY(mlp_second, MLPSecondParams)                             \
+                                                                        \
+  /* hash_mlp, render_field */                                          \
+  TEXT3D_ENTRY(hash_mlp_forward, HashMLPForwardParams)                  \
+  TEXT3D_ENTRY(hash_mlp_backward, HashMLPBackwardParams)                \
+  TEXT3D_ENTRY(render_field_forward, RenderFieldForwardParams)          \
+  TEXT3D_ENTRY(render_field_backward, RenderFieldBackwardParams)        \
                                                                         \
   /* occupancy, march, composite */                                     \
   TEXT3D_ENTRY(march_rays_count, MarchRaysParams)                       \
@@ -59,11 +66,6 @@
   /* segmented_scan */                                                  \
   TEXT3D_ENTRY(segmented_scan_forward, SegmentedScanForwardParams)      \
   TEXT3D_ENTRY(segmented_scan_backward, SegmentedScanBackwardParams)    \
-
-// no CUDA kernels yet
-#define TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)                                \
-  TEXT3D_ENTRY(render_field_forward, RenderFieldForwardParams)          \
-  TEXT3D_ENTRY(render_field_backward, RenderFieldBackwardParams)        \
 // clang-format on
 
 namespace py = pybind11;
@@ -76,19 +78,16 @@ namespace text3d {
 namespace baseline {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
-TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace baseline
 namespace avx2 {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
-TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace avx2
 namespace avx512 {
 #define TEXT3D_ENTRY(name, Params) void name(const Params&);
 TEXT3D_ENTRIES(TEXT3D_ENTRY)
-TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }  // namespace avx512
 namespace cuda {
@@ -189,8 +188,5 @@ PYBIND11_MODULE(TEXT3D_MODULE, module) {
   module.attr("emulated") = bool(TEXT3D_EMULATED);
 #define TEXT3D_ENTRY(name, Params) define<Params>(module, #name, TEXT3D_CPU(name), TEXT3D_GPU(name));
   TEXT3D_ENTRIES(TEXT3D_ENTRY)
-#undef TEXT3D_ENTRY
-#define TEXT3D_ENTRY(name, Params) define<Params>(module, #name, TEXT3D_CPU(name), nullptr);
-  TEXT3D_CPU_ENTRIES(TEXT3D_ENTRY)
 #undef TEXT3D_ENTRY
 }

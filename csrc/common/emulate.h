@@ -211,6 +211,16 @@ inline void launch(dim3 grid, dim3 block_size, std::size_t dynamic_bytes, std::f
   block = nullptr;
 }
 
+// Whether any thread of the block says so.
+inline int any_of_block(bool predicate, const char* file, int line) {
+  block->slots[block->current] = predicate;
+  wait(0u, file, line);
+  int any = 0;
+  for (const uint64_t slot : block->slots) any |= int(slot != 0);
+  wait(0u, file, -line);
+  return any;
+}
+
 inline void* shared(const void* site, std::size_t bytes) {
   auto& memory = block->shared[site];
   if (memory.empty()) memory.assign(bytes / 8 + 1, 0x7ff8dead7fc0deadull);
@@ -343,6 +353,7 @@ inline T maximum(T* target, U value) { T old = *target; if (old < T(value)) *tar
 }  // namespace text3d_emulation
 
 #define __syncthreads() ::text3d_emulation::wait(0u, __FILE__, __LINE__)
+#define __syncthreads_or(predicate) ::text3d_emulation::any_of_block(bool(predicate), __FILE__, __LINE__)
 #define __syncwarp(...) ::text3d_emulation::ballot(~0u __VA_OPT__(& __VA_ARGS__), true, __FILE__, __LINE__)
 #define __shfl_sync(mask, value, source) ::text3d_emulation::shuffle(mask, value, int(source), __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \

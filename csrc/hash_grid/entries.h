@@ -1,35 +1,9 @@
-// Entries of tables and rows of features in as few loads and stores as the chip has. For .cu files only.
+// Entries of tables. For .cu files only.
 #pragma once
-#include "common/host_device.h"
+#include "common/vector_io.h"
 
 namespace text3d {
 namespace TEXT3D_ISA {
-
-// An entry, or a pair of entries, as one load.
-template <int Bytes> struct Words;
-template <> struct Words<2> { using Type = uint16_t; };
-template <> struct Words<4> { using Type = uint32_t; };
-template <> struct Words<8> { using Type = uint2; };
-template <> struct Words<16> { using Type = uint4; };
-
-template <int Count, class T>
-TEXT3D_HD void load_values(const T* from, float* out) {
-  constexpr int kBytes = Count * int(sizeof(T)), kStep = kBytes < 16 ? kBytes : 16, kPart = kStep / int(sizeof(T));
-  using Word = typename Words<kStep>::Type;
-  TEXT3D_UNROLL
-  for (int part = 0; part < kBytes / kStep; ++part) {
-#if defined(__CUDA_ARCH__) || defined(TEXT3D_EMULATE)
-    const Word word = __ldg(reinterpret_cast<const Word*>(from) + part);
-#else
-    Word word;
-    std::memcpy(&word, from + part * kPart, sizeof word);
-#endif
-    T values[kPart];
-    memcpy(values, &word, sizeof word);
-    TEXT3D_UNROLL
-    for (int i = 0; i < kPart; ++i) out[part * kPart + i] = load_float(values[i]);
-  }
-}
 
 template <int F>
 TEXT3D_HD void load_entry(const void* table, int dtype, int64_t entry, float* out) {
@@ -58,24 +32,6 @@ TEXT3D_HD void load_pair(const T* table, bool even, uint32_t a, uint32_t b, floa
   }
   load_values<F>(table + int64_t(a) * F, at_a);
   load_values<F>(table + int64_t(b) * F, at_b);
-}
-
-// F values side by side; `to` is aligned to their size, up to 16 bytes.
-template <int Count>
-TEXT3D_HD void store_values(float* to, const float* values) {
-  constexpr int kBytes = Count * int(sizeof(float));
-  constexpr int kStep = kBytes % 16 == 0 ? 16 : kBytes % 8 == 0 ? 8 : 4, kPart = kStep / int(sizeof(float));
-  using Word = typename Words<kStep>::Type;
-  TEXT3D_UNROLL
-  for (int part = 0; part < kBytes / kStep; ++part) {
-    Word word;
-    memcpy(&word, values + part * kPart, sizeof word);
-#if defined(__CUDA_ARCH__)
-    reinterpret_cast<Word*>(to)[part] = word;
-#else
-    std::memcpy(to + part * kPart, &word, sizeof word);
-#endif
-  }
 }
 
 }  // namespace TEXT3D_ISA

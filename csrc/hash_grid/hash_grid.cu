@@ -177,8 +177,7 @@ struct SecondPoints {
           }
         }
       }
-      TEXT3D_UNROLL
-      for (int f = 0; f < F; ++f) p.grad_grad_y[row + f] = grad_grad_y[f];
+      store_values<F>(p.grad_grad_y + row, grad_grad_y);
     }
     if (p.grad_x) {
       TEXT3D_UNROLL
@@ -195,28 +194,6 @@ struct ScatterArguments {
   int64_t points;
   HashGridLayout layout;
 };
-
-// Add F values to an entry, in as few reductions as the chip has.
-template <int F>
-TEXT3D_HD void add_values(float* to, const float* values) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (F == 1) {
-    atomic_add(to, values[0]);
-  } else if constexpr (F == 2) {
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(values[0]), "f"(values[1])
-                 : "memory");
-  } else {
-    TEXT3D_UNROLL
-    for (int f = 0; f < F; f += 4)
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to + f)), "f"(values[f]),
-                   "f"(values[f + 1]), "f"(values[f + 2]), "f"(values[f + 3])
-                   : "memory");
-  }
-#else
-  TEXT3D_UNROLL
-  for (int f = 0; f < F; ++f) atomic_add(to + f, values[f]);
-#endif
-}
 
 template <int F>
 TEXT3D_HD void add_fixed(int64_t* to, const float* values, float scale) {

@@ -33,8 +33,8 @@ struct OpenRay {
   // forward
   float origin = 0.f, opacity = 0.f, moment = 0.f, second_moment = 0.f, orientation = 0.f, values[6] = {};
   // backward
-  float prefix = 0.f, total = 0.f, grad_values[6] = {}, grad_orientation = 0.f;
-  CompositeRayGradient gradient = {};
+  float prefix = 0.f;
+  RayCotangents cotangents;
 };
 
 void check_offsets(const RenderFieldInputs& in) {
@@ -96,12 +96,6 @@ void evaluate(const RenderFieldInputs& in, const OpenRay* rays, int64_t open, Ro
   hash_grid_backward(chain);
 }
 
-// d raw / dx in the world, with the blob's part
-void world_gradient(const RenderFieldInputs& in, const float* x, const float* by_coordinate, float* gradient) {
-  for (int d = 0; d < 3; ++d) gradient[d] = by_coordinate[d] / (2.f * in.layout.radius);
-  add_blob_gradient(in.layout, x, gradient);
-}
-
 // What the samples of a ray add: body(k, position, albedo, d raw / dx, opacity, slope of the density), in order. The
 // functions of the network's outputs come first, in loops that the compiler vectorizes.
 template <class Body>
@@ -115,11 +109,11 @@ void walk(const RenderFieldInputs& in, const OpenRay& r, const Round& round, con
   const int64_t count = r.count;
   for (int64_t k = 0; k < count; ++k) raw[k] = out[4 * k] + field_blob(l, x + 3 * k);
   if (l.exponential) {
-    for (int64_t k = 0; k < count; ++k) alpha[k] = l.sharpness * exp_of(min_of(15.f, raw[k]));
-    for (int64_t k = 0; k < count; ++k) slope[k] = raw[k] <= 15.f ? alpha[k] : 0.f;
+    for (int64_t k = 0; k < count; ++k) alpha[k] = density_of<true>(l, raw[k]);
+    for (int64_t k = 0; k < count; ++k) slope[k] = density_slope<true>(l, raw[k], alpha[k]);
   } else {
-    for (int64_t k = 0; k < count; ++k) alpha[k] = l.sharpness * activation_value(kSoftplus, raw[k]);
-    for (int64_t k = 0; k < count; ++k) slope[k] = l.sharpness * sigmoid_of(raw[k]);
+    for (int64_t k = 0; k < count; ++k) alpha[k] = density_of<false>(l, raw[k]);
+    for (int64_t k = 0; k < count; ++k) slope[k] = density_slope<false>(l, raw[k], alpha[k]);
   }
   for (int64_t k = 0; k < count; ++k) alpha[k] = opacity_of(alpha[k] * (ends[k] - starts[k]));
   for (int64_t k = 0; k < count; ++k)
@@ -127,7 +121,7 @@ void walk(const RenderFieldInputs& in, const OpenRay& r, const Round& round, con
   for (int64_t k = 0; k < 3 * count; ++k) albedo[k] = sigmoid_of(albedo[k]);
   for (int64_t k = 0; k < count; ++k) {
     float gradient[3] = {};
-    if (in.normals) world_gradient(in, x + 3 * k, round.gradient + 3 * (r.first + k), gradient);
+    if (in.normals) world_gradient(l, x + 3 * k, round.gradient + 3 * (r.first + k), gradient);
     body(k, x + 3 * k, albedo + 3 * k, gradient, alpha[k], slope[k]);
   }
 }
@@ -219,25 +213,12 @@ void render_field_backward(const RenderFieldBackwardParams& p) {
   const RenderFieldInputs& in = p.in;
   const FieldLayout& l = in.layout;
   check_offsets(in);
-  const int channels = in.normals ? 6 : 3;
   const int64_t weights = mlp_params(l.mlp);
   std::memset(p.grad_params, 0, size_t(l.grid.offsets[l.grid.levels]) * l.grid.features * sizeof(float));
   std::memset(p.grad_weights, 0, size_t(weights) * sizeof(float));
   Round round(in, true);
   Array<float> part{size_t(weights)};
-  const auto open = [&](OpenRay& r) {
-    const float opacity = p.opacity[r.ray], by = opacity > kMinimumOpacity ? 1.f / opacity : 0.f;
-    r.gradient.opacity = p.grad_opacity ? p.grad_opacity[r.ray] : 0.f;
-    r.gradient.depth = p.grad_depth ? p.grad_depth[r.ray] * by : 0.f;
-    r.gradient.variance = p.grad_depth_variance ? p.grad_depth_variance[r.ray] * by : 0.f;
-    r.gradient.mean_depth = p.depth[r.ray], r.gradient.mean_variance = p.depth_variance[r.ray];
-    r.grad_orientation = p.grad_orientation ? p.grad_orientation[r.ray] : 0.f;
-    r.total = opacity * r.gradient.opacity;
-    for (int c = 0; c < channels; ++c) {
-      r.grad_values[c] = p.grad_values ? p.grad_values[r.ray * channels + c] : 0.f;
-      r.total += p.values[r.ray * channels + c] * r.grad_values[c];
-    }
-  };
+  const auto open = [&](OpenRay& r) { r.cotangents = RayCotangents(p, r.ray); };
   const auto composite = [&](OpenRay& r) {
     walk(in, r, round, [&](int64_t k, const float* x, const float* albedo, const float* gradient, float alpha,
                            float slope) {
@@ -252,16 +233,11 @@ void render_field_backward(const RenderFieldBackwardParams& p) {
       for (int d = 0; grad_gradient && d < 3; ++d) grad_gradient[d] = 0.f;
       if (beyond) return;
       const FieldShading shading(in, r.ray, x, albedo, gradient);
-      float own = r.gradient.of_weight(0.5f * (start + end)), grad_color[3], grad_normal[3] = {};
-      for (int c = 0; c < 3; ++c) own += r.grad_values[c] * shading.color[c], grad_color[c] = weight * r.grad_values[c];
-      for (int d = 0; in.normals && d < 3; ++d) {
-        own += r.grad_values[3 + d] * shading.normal[d];
-        grad_normal[d] = weight * (r.grad_values[3 + d] +
-                                   2.f * r.grad_orientation * shading.facing * in.directions[3 * r.ray + d]);
-      }
+      float grad_color[3], grad_normal[3] = {};
+      const float own = r.cotangents.of_sample(in, r.ray, shading, 0.5f * (start + end), weight, grad_color, grad_normal);
       r.prefix += weight * own;
       // A sample that ends the ray has nothing behind it.
-      const float behind = r.next + k + 1 == r.end || r.transmittance < in.early_stop ? 0.f : r.total - r.prefix;
+      const float behind = r.next + k + 1 == r.end || r.transmittance < in.early_stop ? 0.f : r.cotangents.total - r.prefix;
       grad_out[0] = (r.transmittance * own - behind) * (end - start) * slope;
       shading.backward(in, r.ray, grad_color, grad_normal, grad_out, grad_gradient);
       // of the coordinates in [0, 1]

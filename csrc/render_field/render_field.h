@@ -74,9 +74,12 @@ struct RenderFieldBackwardParams {
   const float* depth_variance;       // [R]
   float* grad_params;                // [entries, F]
   float* grad_weights;               // [num_params]
+  float* partial;                    // CUDA: room [blocks, num_params]
+  int32_t blocks;
   auto fields() {
     return std::tie(TEXT3D_RENDER_FIELD_INPUTS(in), grad_values, grad_opacity, grad_depth, grad_depth_variance,
-                    grad_orientation, values, opacity, depth, depth_variance, grad_params, grad_weights);
+                    grad_orientation, values, opacity, depth, depth_variance, grad_params, grad_weights,
+                    partial, blocks);
   }
 };
 
@@ -102,6 +105,23 @@ TEXT3D_HD void add_blob_gradient(const FieldLayout& l, const float* x, float* gr
 // The grid's coordinate in [0, 1].
 TEXT3D_HD float field_coordinate(const FieldLayout& l, float x) {
   return clamp((x + l.radius) / (2.f * l.radius), 0.f, 1.f);
+}
+
+// d raw / dx in the world, with the blob's part
+TEXT3D_HD void world_gradient(const FieldLayout& l, const float* x, const float* by_coordinate, float* gradient) {
+  for (int d = 0; d < 3; ++d) gradient[d] = by_coordinate[d] / (2.f * l.radius);
+  add_blob_gradient(l, x, gradient);
+}
+
+template <bool kExponential>
+TEXT3D_HD float density_of(const FieldLayout& l, float raw) {
+  return l.sharpness * (kExponential ? exp_of(min_of(15.f, raw)) : activation_value(kSoftplus, raw));
+}
+
+// Its derivative, given its value.
+template <bool kExponential>
+TEXT3D_HD float density_slope(const FieldLayout& l, float raw, float density) {
+  return kExponential ? (raw <= 15.f ? density : 0.f) : l.sharpness * sigmoid_of(raw);
 }
 
 // A sample's colour and normal, and what their gradients need.
@@ -154,6 +174,42 @@ struct FieldShading {
     for (int d = 0; d < 3; ++d) along += normal[d] * grad_normal[d];
     if (length < 0.f) along = 0.f;
     for (int d = 0; d < 3; ++d) grad_gradient[d] = -(grad_normal[d] - normal[d] * along) / fabsf(length);
+  }
+};
+
+// What the gradient of a ray needs besides its samples.
+struct RayCotangents {
+  CompositeRayGradient sums = {};
+  float values[6] = {}, orientation = 0.f;
+  float total = 0.f;  // sum of w dL/dw over the ray's samples
+
+  RayCotangents() = default;
+  TEXT3D_HD RayCotangents(const RenderFieldBackwardParams& p, int64_t ray) {
+    const float opacity = p.opacity[ray], by = opacity > kMinimumOpacity ? 1.f / opacity : 0.f;
+    sums.opacity = p.grad_opacity ? p.grad_opacity[ray] : 0.f;
+    sums.depth = p.grad_depth ? p.grad_depth[ray] * by : 0.f;
+    sums.variance = p.grad_depth_variance ? p.grad_depth_variance[ray] * by : 0.f;
+    sums.mean_depth = p.depth[ray], sums.mean_variance = p.depth_variance[ray];
+    orientation = p.grad_orientation ? p.grad_orientation[ray] : 0.f;
+    total = opacity * sums.opacity;
+    const int channels = p.in.normals ? 6 : 3;
+    for (int c = 0; c < 6; ++c) {
+      if (c >= channels) continue;
+      values[c] = p.grad_values ? p.grad_values[ray * channels + c] : 0.f;
+      total += p.values[ray * channels + c] * values[c];
+    }
+  }
+
+  // dL/dw of a sample with weight w, and the cotangents of its colour and its normal.
+  TEXT3D_HD float of_sample(const RenderFieldInputs& in, int64_t ray, const FieldShading& shading, float middle, float w,
+                            float* grad_color, float* grad_normal) const {
+    float own = sums.of_weight(middle);
+    for (int c = 0; c < 3; ++c) own += values[c] * shading.color[c], grad_color[c] = w * values[c];
+    for (int d = 0; in.normals && d < 3; ++d) {
+      own += values[3 + d] * shading.normal[d];
+      grad_normal[d] = w * (values[3 + d] + 2.f * orientation * shading.facing * in.directions[3 * ray + d]);
+    }
+    return own;
   }
 };
 

@@ -23,6 +23,7 @@ LAUNCH = {
     "interpolate": Launch(128, 4),
     "march_rays": Launch(32, 1, 4, fuse=False),
     "marching_tets": Launch(128, 4),
+    "mlp": Launch(32, 4),
     "rasterize_pixels": Launch(128, 4, fuse=False),
     "rasterize_tiles": Launch(256, 4, fuse=False),
     "rasterize_triangles": Launch(32, 1, fuse=False),

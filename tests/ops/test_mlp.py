@@ -194,28 +194,6 @@ def test_rounded_products(spec, dtype, device, generator, poisoned_empty):
         assert error < 20 * bits
 
 
-def test_hash_mlp(device, generator):
-    """Equal to the two ops, gradients of both orders included."""
-    grid = ops.HashGridSpec(levels=3, log2_table_size=8, base_resolution=4, interpolation="smoothstep")
-    spec = MLPSpec(6, 3, 16, 2, "silu")
-    x = torch.rand(50, 3, generator=generator, device=device)
-    _, weights = inputs(spec, 1, generator, device=device)
-    params = torch.randn(grid.num_params, generator=generator, device=device)
-    cotangents = [torch.randn(t.shape, generator=generator, device=device) for t in (x, params, weights)]
-    results = []
-    for function in (lambda *t: ops.hash_mlp(*t, grid, spec),
-                     lambda x, params, weights: ops.mlp(ops.hash_grid(x, params, grid), weights, spec)):
-        leaves = [t.clone().requires_grad_() for t in (x, params, weights)]
-        y = function(*leaves)
-        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(first, leaves, cotangents)
-        results.append([y, *first, *second])
-    for got, want in zip(*results):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="mlp_spec.inputs: expected 6"):
-        ops.hash_mlp(x, params, weights, grid, MLPSpec(7, 3))
-
-
 def test_errors_name_the_argument():
     spec = MLPSpec(5, 3)
     x, weights = inputs(spec, 4, torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from text3d_fast import ops, use_backend
+from text3d_fast import native, ops, use_backend
 from text3d_fast.ops import FieldSpec, HashGridSpec, MLPSpec, PointLights
 from text3d_fast.reference.render_field import render_field as reference
 
@@ -129,6 +129,46 @@ def test_reference_gradcheck():
                          "lambertian", True)[:4]
 
     torch.autograd.gradcheck(run, (params.double().requires_grad_(), weights.double().requires_grad_()))
+
+
+@pytest.mark.parametrize("network", [MLPSpec(8, 4, 128, 2, "softplus"), MLPSpec(8, 4, 5, 4, "tanh")],
+                         ids=["wide", "deep"])
+def test_other_networks(network, device, generator, poisoned_empty):
+    """Wide ones have fewer warps to a CUDA block, and less to share."""
+    spec = dataclasses.replace(FIELD, mlp=network)
+    inputs = make_inputs(spec, 9, generator, device, longest=30)
+    options = {"mode": "lambertian", "lights": make_lights(1, generator, device)}
+    got = render(*inputs, spec, **options)
+    with use_backend("reference"):
+        want = render(*inputs, spec, dtype=torch.float64, **options)
+    assert_same(got, want)
+
+
+def test_wrong_offsets_stay_in_bounds(device, generator):
+    """On a CPU they raise; CUDA gives some result, and reads and writes nothing else."""
+    *inputs, samples = make_inputs(FIELD, 12, generator, device)
+    for wrong in (samples.ray_offsets.flip(0), samples.ray_offsets * 3, samples.ray_offsets - 100):
+        arguments = (*inputs, dataclasses.replace(samples, ray_offsets=wrong.contiguous()), FIELD)
+        if native.runs_cuda_source(device):
+            render(*arguments)
+        else:
+            with pytest.raises(ValueError, match="samples.ray_offsets: expected to rise"):
+                render(*arguments)
+
+
+def test_deterministic_algorithms(device, generator):
+    """On CUDA the gradient to params raises torch's alert, and scenes render by parts."""
+    inputs = make_inputs(FIELD, 5, generator, device)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert ops.renders_fused(device) is not native.runs_cuda_source(device)
+        if native.runs_cuda_source(device):
+            with pytest.raises(RuntimeError, match="render_field.*does not have a deterministic implementation"):
+                render(*inputs, FIELD)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        render(*inputs, FIELD)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_nothing_to_render(device, generator):

@@ -3,7 +3,12 @@
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.checks import (
+    alert_not_deterministic,
+    float_dtypes,
+    require_same_device,
+    require_tensor,
+)
 from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.specs import INTERPOLATIONS, HashGridSpec
 from text3d_fast.ops.typed import typed
@@ -33,7 +38,7 @@ def hash_grid(
     Returns float32 [N, levels * features], level by level. Gradients to x and params, twice.
     Kept for the backward pass: x and params themselves, and the rounded table, which each call makes anew.
     On a CPU sums into params are always in the order of the points, so results do not depend on the threads; on CUDA
-    they are exact sums in fixed point, slower, under torch.use_deterministic_algorithms(True).
+    they are exact sums in fixed point, slower, under torch.use_deterministic_algorithms(True), where Triton raises.
     Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for x that is not finite.
     """
     arguments = _arguments(x, params, spec, active_levels, compute_dtype)
@@ -197,8 +202,11 @@ def _grad_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, 
     return _any_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, need_x, need_params, backend)
 
 
-def _sums_in_fixed_point(params: torch.Tensor, grad_y: torch.Tensor) -> bool:
-    """Under torch.use_deterministic_algorithms CUDA sums in 64-bit integers."""
+def _sums_in_fixed_point(params: torch.Tensor, grad_y: torch.Tensor, backend: str) -> bool:
+    """Under torch.use_deterministic_algorithms CUDA sums in 64-bit integers; Triton cannot, and raises."""
+    if backend == "triton":
+        alert_not_deterministic("hash_grid's gradient to params on Triton")
+        return False
     cuda = params.device.type == "cuda" or native.emulated()
     return cuda and torch.are_deterministic_algorithms_enabled() and grad_y.numel() > 0
 
@@ -223,7 +231,7 @@ def _any_backward(grad_y, grad_jacobian, x, params, table, key, active_levels, n
     spec, fixed = HashGridSpec.parse(key), (None, None)
     if grad_jacobian is not None:
         grad_jacobian = native.aligned(grad_jacobian)
-    if need_params and _sums_in_fixed_point(params, grad_y):
+    if need_params and _sums_in_fixed_point(params, grad_y, backend):
         if grad_jacobian is None:
             fixed = _fixed_point(params, 1.0, grad_y)
         else:
@@ -249,7 +257,7 @@ def _second(cotangent_x, cotangent_params, grad_y, x, params, table, key, active
     grad_grad_y, grad_x, grad_params = outputs
     cotangents = [None if c is None else native.aligned(c) for c in (cotangent_x, cotangent_params)]
     spec, fixed = HashGridSpec.parse(key), (None, None)
-    if need_params and _sums_in_fixed_point(params, grad_y):
+    if need_params and _sums_in_fixed_point(params, grad_y, backend):
         fixed = _fixed_point(params, cotangent_x.abs().amax().double() * spec.dim * _steepest(spec), grad_y)
     tensors = (native.aligned(x), _read(params, table), native.aligned(grad_y), *cotangents, grad_grad_y,
                grad_x if need_x else None, grad_params if need_params else None)

@@ -11,9 +11,9 @@ from text3d_fast.reference.mlp import mlp as reference_mlp
 
 __all__ = ["MLPSpec", "mlp"]
 
-backends.declare("mlp")
+backends.declare("mlp", triton=True)
 COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CUDA_BLOCKS = 264  # that sum gradients of the weights each for itself: two for each multiprocessor of an H100
+GPU_BLOCKS = 264  # that sum gradients of the weights each for itself: two for each multiprocessor of an H100
 
 
 @typed
@@ -67,8 +67,8 @@ def layout(spec: MLPSpec) -> tuple:
 
 def _forward(x, weights, key, dtype, backend):
     y = _fake_forward(x, weights, key, dtype, backend)
-    native.call("mlp_forward", native.aligned(x), native.aligned(weights), y, x.shape[0],
-                COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
+    backends.call(backend, "mlp_forward", native.aligned(x), native.aligned(weights), y, x.shape[0],
+                  COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return y
 
 
@@ -78,9 +78,9 @@ def _fake_forward(x, weights, key, dtype, backend):
 
 def _backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend):
     outputs = _fake_backward(grad_y, x, weights, key, dtype, need_x, need_weights, backend)
-    native.call("mlp_backward", native.aligned(grad_y), native.aligned(x), native.aligned(weights),
-                *_wanted(outputs, (need_x, need_weights)), *_partial(weights, need_weights), x.shape[0],
-                COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
+    backends.call(backend, "mlp_backward", native.aligned(grad_y), native.aligned(x), native.aligned(weights),
+                  *_wanted(outputs, (need_x, need_weights)), *partial_sums(weights, need_weights, backend), x.shape[0],
+                  COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
     return outputs
 
 
@@ -94,8 +94,9 @@ def _second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need
     outputs = _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype, need_grad_y, need_x,
                            need_weights, backend)
     inputs = (None if t is None else native.aligned(t) for t in (cotangent_x, cotangent_weights, grad_y, x, weights))
-    native.call("mlp_second", *inputs, *_wanted(outputs, (need_grad_y, need_x, need_weights)),
-                *_partial(weights, need_weights), x.shape[0], COMPUTE_DTYPES.index(dtype), *layout(MLPSpec.parse(key)))
+    backends.call(backend, "mlp_second", *inputs, *_wanted(outputs, (need_grad_y, need_x, need_weights)),
+                  *partial_sums(weights, need_weights, backend), x.shape[0], COMPUTE_DTYPES.index(dtype),
+                  *layout(MLPSpec.parse(key)))
     return outputs
 
 
@@ -105,10 +106,10 @@ def _fake_second(cotangent_x, cotangent_weights, grad_y, x, weights, key, dtype,
     return grad_y.new_empty(grad_y.shape if need_grad_y else 0), grad_x, grad_weights
 
 
-def _partial(weights: torch.Tensor, wanted: bool) -> tuple[torch.Tensor | None, int]:
-    """Where CUDA's blocks sum the gradients of the weights, and how many may."""
-    wanted = wanted and native.runs_cuda_source(weights.device)
-    return weights.new_empty(CUDA_BLOCKS, weights.shape[0]) if wanted else None, CUDA_BLOCKS
+def partial_sums(weights: torch.Tensor, wanted: bool, backend: str) -> tuple[torch.Tensor | None, int]:
+    """Where a GPU's blocks sum the gradients of the weights, and how many may."""
+    wanted = wanted and backends.runs_gpu_source(backend, weights.device)
+    return weights.new_empty(GPU_BLOCKS, weights.shape[0]) if wanted else None, GPU_BLOCKS
 
 
 def _wanted(outputs, needs):

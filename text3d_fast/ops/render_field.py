@@ -5,19 +5,30 @@ from typing import NamedTuple
 import torch
 
 from text3d_fast import backends, native
-from text3d_fast.ops.checks import float_dtypes, require_same_device, require_tensor
+from text3d_fast.ops.checks import (
+    alert_not_deterministic,
+    float_dtypes,
+    require_same_device,
+    require_tensor,
+)
+from text3d_fast.ops.composite import composite
+from text3d_fast.ops.hash_grid import hash_grid
 from text3d_fast.ops.hash_grid import layout as grid_layout
 from text3d_fast.ops.mlp import layout as mlp_layout
+from text3d_fast.ops.mlp import mlp, partial_sums
 from text3d_fast.ops.registration import LastOrder, define
 from text3d_fast.ops.samples import RaySamples, check_samples
 from text3d_fast.ops.specs import BLOBS, DENSITIES, FieldSpec
 from text3d_fast.ops.typed import typed
-from text3d_fast.reference.render_field import render_field as reference_render_field
+from text3d_fast.reference.render_field import REFERENCES, Steps
+from text3d_fast.reference.render_field import render_field as render_by_steps
 
 __all__ = ["FieldRendering", "FieldSpec", "PointLights", "render_field", "renders_fused"]
 
-backends.declare("render_field", cuda=False)
+backends.declare("render_field", triton=True)
 MODES = ("albedo", "lambertian", "textureless")  # in the order of csrc/render_field/render_field.h
+OPS = Steps(hash_grid, mlp, lambda sigma, values, t_starts, t_ends, ray_ids, ray_offsets, early_stop:
+            composite(sigma, values, RaySamples(ray_ids, t_starts, t_ends, ray_offsets), early_stop))
 
 
 class PointLights(NamedTuple):
@@ -65,7 +76,8 @@ def render_field(
     Returns values [R, 3] = sum w colour, or [R, 6] with the normals after it; opacity, depth and depth_variance as
     `composite`; orientation [R] = sum stopgrad(w) max(0, n . direction)^2 (Verbin et al. 2022, eq. 11), or None.
     Gradients to params and weights, from every output, first order; rays, samples and lights must not require any.
-    Kept for the backward pass: inputs and outputs alone.
+    Kept for the backward pass: inputs and outputs alone. On Triton the parts are its ops, one after the other, and what
+    they keep grows with the samples.
     Raises ValueError or TypeError for wrong shapes, dtypes or devices; on a CPU also for offsets that do not rise.
     """
     if mode not in MODES:
@@ -86,18 +98,24 @@ def render_field(
                 raise ValueError(f"{name}: expected no gradient to be required; only params and weights get one")
     backend = backends.choose("render_field", params.device)
     rest = (spec.key, active_levels, early_stop, mode, normals, backend)
-    if backend == "reference":
+    if backend != "native":
         _check(*tensors, *rest)
-        return FieldRendering(*reference_render_field(*tensors[:8], lights, spec, *rest[1:-1]))
+        steps = OPS if backend == "triton" else REFERENCES
+        return FieldRendering(*render_by_steps(*tensors[:8], lights, spec, *rest[1:-1], steps))
     values, opacity, depth, variance, orientation = _render_field(*tensors, *rest)
     return FieldRendering(values, opacity, depth, variance, orientation if normals else None)
 
 
 @typed
 def renders_fused(device: torch.device) -> bool:
-    """Whether `render_field` on this device is a fused kernel; otherwise it is its reference, made for tests."""
+    """Whether `render_field` on this device is a fused kernel; otherwise it is the ops or references one by one.
+
+    Not on CUDA under torch.use_deterministic_algorithms, where its gradient would raise.
+    """
     wanted = backends.requested() or "native"
-    return wanted == "native" and backends.reason_against("native", "render_field", device.type) is None
+    if wanted != "native" or (native.runs_cuda_source(device) and torch.are_deterministic_algorithms_enabled()):
+        return False
+    return backends.reason_against("native", "render_field", device.type) is None
 
 
 def _check(origins, directions, params, weights, t_starts, t_ends, ray_ids, ray_offsets, light_position,
@@ -154,9 +172,11 @@ def _fake_forward(origins, *rest):
 def _backward(*arguments):
     cotangents, outputs, inputs = arguments[:5], arguments[5:9], arguments[9:]
     gradients = _fake_backward(*arguments)
+    if native.runs_cuda_source(gradients[0].device):
+        alert_not_deterministic("render_field's gradient to params")
     cotangents = [None if t is None else native.aligned(t) for t in cotangents]
     native.call("render_field_backward", *_inputs(*inputs), *cotangents, *(native.aligned(t) for t in outputs),
-                *gradients)
+                *gradients, *partial_sums(gradients[1], True, arguments[-1]))
     return gradients
 
 

@@ -1,8 +1,12 @@
-"""Volume rendering of a field in plain torch, step by step: the oracle for `ops.render_field`."""
+"""Volume rendering of a field in plain torch, step by step: the oracle for `ops.render_field`.
+
+The steps are arguments: with the ops' own ones the same text renders a field part by part.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import normalize, softplus
@@ -15,6 +19,17 @@ if TYPE_CHECKING:
     from text3d_fast.ops.specs import FieldSpec
 
 SMALLEST_GRADIENT = 1e-6  # below it a normal is shorter than 1
+
+
+class Steps(NamedTuple):
+    """The parts of a rendering, with the references' arguments; hash_grid and mlp twice differentiable."""
+
+    hash_grid: Callable = hash_grid
+    mlp: Callable = mlp
+    composite: Callable = composite
+
+
+REFERENCES = Steps()
 
 
 def render_field(
@@ -32,6 +47,7 @@ def render_field(
     early_stop: float,
     mode: str,
     normals: bool,
+    steps: Steps = REFERENCES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Shapes and meaning as `ops.render_field`; any floating dtype, differentiable by params and weights."""
     ids, rays = ray_ids.long(), len(origins)
@@ -39,7 +55,7 @@ def render_field(
     x = ((positions + spec.radius) / (2 * spec.radius)).clamp(0, 1)
     with torch.set_grad_enabled(normals or torch.is_grad_enabled()):
         x.requires_grad_(normals)
-        out = mlp(hash_grid(x, params, spec.grid, active_levels), weights, spec.mlp)
+        out = steps.mlp(steps.hash_grid(x, params, spec.grid, active_levels), weights, spec.mlp)
         raw = out[:, 0]
         if normals:
             gradient = _gradient(raw, x) / (2 * spec.radius)
@@ -58,7 +74,7 @@ def render_field(
         values = torch.cat([values, normal], 1)
         per_sample = (normal * directions[ids]).sum(-1).clamp_min(0).square()
     samples = (t_starts, t_ends, ray_ids, ray_offsets)
-    values, opacity, depth, variance, weight = composite(spec.sharpness * shown, values, *samples, early_stop)
+    values, opacity, depth, variance, weight = steps.composite(spec.sharpness * shown, values, *samples, early_stop)
     orientation = None
     if normals:
         orientation = weight.new_zeros(rays).index_add(0, ids, weight.detach() * per_sample)

@@ -231,7 +231,7 @@ def test_presets(red_ball, monkeypatch, capsys):
         return {row[0]: row[1] for row in rows if len(row) > 1}
 
     plain, small, scene = settings(), settings("--preset", "small"), settings("--preset", "scene")
-    assert plain["vsd.steps"] != small["vsd.steps"] == "300" and small["mesh_resolution"] == "96"
+    assert plain["vsd.steps"] != small["vsd.steps"] == "500" and small["mesh_resolution"] == "96"
     assert small["texturing.size"] == "128" and scene["vsd.field.blob_profile"] == "gaussian"
     # what is asked for by name wins over the preset
     assert settings("--preset", "small", "--set", "vsd.steps=7")["vsd.steps"] == "7"

@@ -30,6 +30,16 @@ def chain(module: nn.MLP) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers[:-1])
 
 
+def assert_same(got: torch.Tensor, want: torch.Tensor, ties: float, what: tuple) -> None:
+    """Points [N, C] differ by rounding alone, 1e-5 of the root mean square of a point, but for at most `ties`.
+
+    A tie: a ReLU whose sum is 0 but for rounding has the slope of one side or the other, which is a share of that
+    point's gradient, not an error. notes/mlp.md counts them.
+    """
+    error = (got - want).norm(dim=1) / want.square().sum(1).mean().sqrt()
+    assert (error > 1e-5).sum() <= ties, (*what, float(error.max()))
+
+
 def measure(run, seconds: float) -> tuple[float, float]:
     """Median wall time and smallest CPU time (all threads) of a call, ms."""
     for _ in range(2):
@@ -61,9 +71,9 @@ def rows(options):
                 y = peer(x)
                 results[way] = y.detach(), *torch.autograd.grad(y, x, grad_y)
             for way in peers:
-                for got, want in zip(results[way], results["torch"]):
-                    # a ReLU whose sum rounds to the other side of 0 changes a point's gradient by a share
-                    assert ((got - want).norm() / want.norm()) < 1e-3, (name, way)
+                ties = max(4, 1e-4 * points) if spec.activation == "relu" else 0
+                for got, want, allowed in zip(results[way], results["torch"], (0, ties)):
+                    assert_same(got, want, allowed, (name, way))
             for way, peer in peers.items():
                 def forward(peer=peer, x=x):
                     with torch.no_grad():

@@ -316,9 +316,9 @@ def network_of(dtype, inputs, outputs, width, hidden_layers, activation, output_
 
 
 def launch_of(network: Network) -> dict[str, int | bool]:
-    """Wide matrices take twice the warps."""
-    chosen = options("mlp")
-    return chosen | {"num_warps": 2 * chosen["num_warps"]} if max(network.padded_outs) > CHUNK else chosen
+    """Wide matrices take twice the warps. One stage: pipelined loads take up to ten times the shared memory."""
+    warps = LAUNCH["mlp"].warps * (2 if max(network.padded_outs) > CHUNK else 1)
+    return options("mlp") | {"num_warps": warps, "num_stages": 1}
 
 
 def mlp_forward(x, weights, y, points, *layout):

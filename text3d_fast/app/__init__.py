@@ -18,7 +18,7 @@ def main() -> int:
     from text3d_fast.app import cli, memory, threads
 
     memory.keep_freed_memory()
-    threads.sleep_when_waiting()
+    threads.spin_briefly()
     try:
         return cli.main()
     except BrokenPipeError:  # `| head` has read enough

@@ -2,7 +2,7 @@
 
 import os
 
-# Turns, then sleep: 40 microseconds or so, longer than most waits within an op and shorter than it takes to be scheduled.
+# Turns, then sleep: longer than most waits within an op, and shorter than what it takes to be scheduled again
 SPINS = 2000
 
 

@@ -67,6 +67,18 @@ def test_two_particles_through_three_stages(tmp_path):
     assert ProlificDreamerConfig.load(folder / "config.yaml").to_yaml() == result.config.to_yaml()
 
 
+def test_the_geometry_stages_negative_prompts_are_of_its_captions():
+    prior, negatives = NormalBall(), {}
+
+    def watch(step, state):
+        negatives[state.stage.name] = state.stage.distill.perp_neg
+
+    settings = PARTICLES | {"vsd.steps": 20, "geometry.steps": 1, "texturing.steps": 1,
+                            "geometry.guidance.perp_neg": 0.5}
+    ProlificDreamer(prior=prior, device="cpu", settings=settings).run("a ball", callback=watch)
+    assert negatives["geometry"] and all(text.startswith("a ball, normal map, ") for text in negatives["geometry"])
+
+
 LORA = {"score.kind": "lora", "score.rate": 1e-2, "guidance.weight": 1.0, "guidance.weighting": "sigma2"}
 
 

@@ -32,15 +32,19 @@ class Field(VolumeStage):
     name = "field"
 
 
-class Shape(MeshStage):
-    """A particle of the second stage: pictures are normal maps, and the prompt says so where the prior has a word."""
-
-    name = "shape"
+class OfNormals(Stage):
+    """A stage whose pictures are normal maps, and whose prompt says so where the prior has a word."""
 
     @property
     def prompt(self) -> str:
         words = self.prior.normal_words
         return f"{self.run.prompt}, {words}" if words else self.run.prompt
+
+
+class Shape(OfNormals, MeshStage):
+    """A particle of the second stage."""
+
+    name = "shape"
 
     def render(self, mesh: Mesh, cameras: Cameras, background: Tensor, lights: Lights, mode: str) -> MeshRendering:
         return render_meshes([mesh], cameras, background, mode="normals")
@@ -72,7 +76,7 @@ class VsdStage(VariationalStage):
     name, particle = "vsd", Field
 
 
-class GeometryStage(ParticleStage):
+class GeometryStage(OfNormals, ParticleStage):
     """Surfaces by SDS on normal maps."""
 
     name, particle = "geometry", Shape

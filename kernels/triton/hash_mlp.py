@@ -122,7 +122,7 @@ def backward(grad_y, x, table, weights, grad_x, grad_params, grad_weights, parti
 
 
 def compile_cases():
-    """(kernel, signature, constants) for the ahead-of-time check."""
+    """(kernel, signature, constants, launch) for the ahead-of-time check."""
     needs = dict.fromkeys(("NEED_X", "NEED_PARAMS", "NEED_WEIGHTS"), True)
     for grid, layout in ((HashGridSpec(dim=4, levels=3, features=4, kind="tiled", dialect="ngp",
                                        interpolation="smoothstep"), (12, 5, 33, 2, 2, 4, False)),
@@ -130,4 +130,5 @@ def compile_cases():
         for kernel, more in ((forward_kernel, {}), (backward_kernel, needs)):
             fixed = {"NET": network_of(0, *layout), **_grid_constants(grid), **more}
             types = {"points": "i32", "active": "i32", "size": "i32", "offset": "fp32", "levels_ptr": "*i32"}
-            yield kernel, {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in kernel.arg_names}, fixed
+            signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in kernel.arg_names}
+            yield kernel, signature, fixed, launch_of(fixed["NET"])

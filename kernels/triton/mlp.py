@@ -356,7 +356,7 @@ def mlp_second(cotangent_x, cotangent_weights, grad_y, x, weights, grad_grad_y, 
 
 
 def compile_cases():
-    """(kernel, signature, constants) for the ahead-of-time check."""
+    """(kernel, signature, constants, launch) for the ahead-of-time check."""
     block = LAUNCH["mlp"].block
     needs = "TOWARD_X", "TOWARD_WEIGHTS", "NEED_GRAD_Y", "NEED_X", "NEED_WEIGHTS"
     flags = {forward_kernel: {}, backward_kernel: dict.fromkeys(needs[3:], True),
@@ -366,4 +366,5 @@ def compile_cases():
         for kernel, needs in flags.items():
             fixed = {"NET": network, "BLOCK": block // 2 if kernel is second_kernel else block, **needs}
             types = {"points": "i32", "size": "i32"}
-            yield kernel, {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in kernel.arg_names}, fixed
+            signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in kernel.arg_names}
+            yield kernel, signature, fixed, launch_of(network)

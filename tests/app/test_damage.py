@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from red_ball import TINY, RedBall
 
 from text3d_fast.app import cli
@@ -138,8 +139,19 @@ def _flip_text(data, draw):  # in a line that decides something
     starts = [k + 1 for k, byte in enumerate(data) if byte == 10]
     free = [k for k in range(len(data) - len(END)) if not any(
         data[max([0, *(s for s in starts if s <= k)]):].startswith(name.encode()) for name in CHANGEABLE)]
-    place = draw.choice(free)
-    return _at(data, place, bytes([data[place] ^ (1 << draw.randrange(7))]))
+    while True:
+        place = draw.choice(free)
+        changed = _at(data, place, bytes([data[place] ^ (1 << draw.randrange(7))]))
+        if not _says_the_same(data, changed):
+            return changed
+
+
+def _says_the_same(first, second):
+    """As `0.05` and ` .05` do."""
+    try:
+        return yaml.safe_load(first) == yaml.safe_load(second)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
 
 
 # 9^8 letters, if references were followed

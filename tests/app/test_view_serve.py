@@ -51,5 +51,5 @@ def test_the_browser_shows_the_mesh_in_its_colours(tmp_path):
         shown = any(share_of_red(url, tmp_path / f"look{look}") > 0.03 for look in range(3))  # a twentieth of the page
     finally:
         server.send_signal(signal.SIGINT)
-        status = server.wait(30)
+        status = server.wait(120)
     assert shown and status == 130

@@ -1,5 +1,6 @@
 // Segments in parallel; along a segment one value after the other, in double precision.
 #include "segmented_scan/segmented_scan.h"
+#include <algorithm>
 #include <stdexcept>
 #include "common/parallel.h"
 
@@ -41,7 +42,7 @@ void for_each_segment(int64_t segments, const Body& body) {
   });
 }
 
-void fill_zero(float* target, int64_t begin, int64_t end) { std::memset(target + begin, 0, sizeof(float) * (end - begin)); }
+void fill_zero(float* target, int64_t begin, int64_t end) { std::fill(target + begin, target + end, 0.0f); }
 
 }  // namespace
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from text3d_fast.errors import ModelError
 from text3d_fast.guidance.models.families import FAMILIES, clip_tokenizer_folder
@@ -160,6 +161,11 @@ def _load_folder_text(folder: ModelFolder, dtype: torch.dtype) -> Any:
     except Exception as error:
         raise ModelError(f"{folder.source}: text encoder cannot be loaded ({brief(error)})") from error
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+    if missing and all(key.startswith("text_model.") for key in missing):
+        # written by transformers 5, whose names lack what those of 4 begin with
+        state = {f"text_model.{key}": value for file in files for key, value in load_file(file).items()}
+        left = encoder.load_state_dict(state, strict=False).missing_keys
+        missing = [key for key in left if "position_ids" not in key]
     if missing:
         raise ModelError(
             f"{folder.source}: text_encoder does not fit its configuration, {sorted(missing)[0]} is missing"

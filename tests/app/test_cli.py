@@ -318,3 +318,10 @@ def test_a_reader_that_has_enough_gets_no_traceback():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_options_that_are_given_twice_count_twice():
+    given = ["generate", "a mug", "--set", "a=1", "b=-2", "--steps", "5", "--set=c=3", "--quiet", "--set", "d=4"]
+    assert cli.together(given, "--set") == ["generate", "a mug", "--steps", "5", "--quiet", "--set", "a=1", "b=-2",
+                                            "c=3", "d=4"]
+    assert cli.together(["view", "x.glb", "--set"], "--set") == ["view", "x.glb", "--set"]

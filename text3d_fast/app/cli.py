@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Union, get_args, get_type_hints
@@ -29,6 +30,8 @@ COMMANDS = {"generate": Generate, "edit": Edit, "playground": Playground, "view"
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 a mistake in the request, 3 empty mesh, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for option in ("--set", "--lora"):
+        arguments = together(arguments, option)
     if arguments == ["--version"]:
         from text3d_fast import __version__
 
@@ -51,6 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def together(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments with the values of an option that is given several times after a single one: tyro would keep the
+    last ones alone.
+    """
+    rest, values, ours = [], [], False
+    for argument in arguments:
+        if argument == option or argument.startswith(f"{option}="):
+            ours = argument == option
+            values += [] if ours else [argument.removeprefix(f"{option}=")]
+        else:
+            ours = ours and not argument.startswith("-")
+            (values if ours else rest).append(argument)
+    return [*rest, option, *values] if values else list(arguments)
 
 
 @cache

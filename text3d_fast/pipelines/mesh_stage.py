@@ -157,6 +157,8 @@ class MeshStage(Stage):
     @torch.no_grad()
     def extract(self) -> list[Extraction]:
         mesh, report = geometry.clean_mesh(Mesh(*self.scene.tets.mesh()))
+        if len(mesh.faces):
+            mesh = asset(mesh, self.scene.color, self.run.faces, self.run.texture)
         figures = {"vertices": len(mesh.vertices), "faces": len(mesh.faces), "components": report.kept,
                    "floaters_removed": sum(piece.reason != "cavity" for piece in report.dropped),
                    "cavities_removed": sum(piece.reason == "cavity" for piece in report.dropped),
@@ -166,8 +168,6 @@ class MeshStage(Stage):
             warnings.append(f"the surface vanished {int(self.kept.count)} times, last at step {int(self.kept.last)}; "
                             f"each time the last copy of it was taken and went on at half the rate")
         if len(mesh.faces):
-            mesh = asset(mesh, self.scene.color, self.run.faces, self.run.texture)
-            figures |= {"vertices": len(mesh.vertices), "faces": len(mesh.faces)}
             low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
             figures["size"] = [round(value, 3) for value in (high - low).tolist()]
         return [Extraction(mesh, figures, warnings)]

@@ -48,6 +48,8 @@ def volume_surface(
     if floaters and area > FLOATERS * report.kept_area:
         warnings.insert(0, f"floaters: {len(floaters)} loose pieces with {area / (area + report.kept_area):.0%} of the "
                            f"surface were removed")
+    if len(mesh.faces):
+        mesh = asset(mesh, lambda points: field(points).albedo, faces, texture)
     figures = {
         "vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": round(threshold, 3),
         "silhouette_agreement": round(agreement, 4),
@@ -55,8 +57,6 @@ def volume_surface(
         "cavities_removed": len(report.dropped) - len(floaters),
     }
     if len(mesh.faces):
-        mesh = asset(mesh, lambda points: field(points).albedo, faces, texture)
-        figures |= {"vertices": len(mesh.vertices), "faces": len(mesh.faces)}
         low, high = mesh.vertices.amin(0), mesh.vertices.amax(0)
         figures["size"] = [round(value, 3) for value in (high - low).tolist()]
     return Extraction(mesh, figures | {"fog": round(fog, 4)}, warnings)

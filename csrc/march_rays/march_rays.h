@@ -207,7 +207,7 @@ TEXT3D_HD int set_up_ray(const MarchRaysParams& p, int64_t r, MarchRay& ray) {
     const double low = p.aabb[a], high = p.aabb[a + 3], half = 0.5 * (high - low), outermost = outermost_of(p.levels);
     position[a] = (double(p.origins[3 * r + a]) - 0.5 * (low + high)) / half;
     velocity[a] = double(p.directions[3 * r + a]) / half;
-    finite = finite && is_finite(position[a]) && is_finite(velocity[a]);
+    finite = finite && half > 0. && is_finite(position[a]) && is_finite(velocity[a]);
     if (velocity[a] == 0.) {
       if (!(fabs(position[a]) <= outermost)) leave = -infinity;
       continue;

@@ -50,7 +50,7 @@ def _axis(origins, directions, aabb, r, real, enter, leave, AXIS: tl.constexpr, 
     outside = ~moves & ~(tl.abs(position) <= outermost)
     leave = tl.where(outside, -float("inf"), tl.where(moves & (t_high < leave), t_high, leave))
     enter = tl.where(moves & (t_low > enter), t_low, enter)
-    finite = (position - position == 0.0) & (velocity - velocity == 0.0)
+    finite = (tl.zeros_like(position) + half > 0.0) & (position - position == 0.0) & (velocity - velocity == 0.0)
     return position, velocity, moves, finite, enter, leave
 
 

@@ -226,6 +226,15 @@ def test_wrong_values(device):
             continue
         samples = ops.march_rays(origins, broken, grid)
         assert (samples.ray_ids != 2).all() and samples.num_samples == (good.ray_ids != 2).sum()
+    for box in ((1, -1, -1, -1, 1, 1), (-1, 1, -1, 1, 1, 1), (-1, -1, -1, math.nan, 1, 1)):  # inverted, flat, NaN
+        wrong = SimpleNamespace(aabb=torch.tensor(box, dtype=torch.float32, device=device), binaries=grid.binaries)
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match="occupancy.aabb"):
+                ops.march_rays(origins, directions, wrong)
+        else:
+            assert ops.march_rays(origins, directions, wrong).num_samples == 0
+        with use_backend("reference"):
+            assert ops.march_rays(origins, directions, wrong).num_samples == 0
     with pytest.raises(ValueError, match="2\\^24"):
         ops.march_rays(origins * 0, directions, grid, step=1e-9)
     with pytest.raises(ValueError, match="finite"):
@@ -301,6 +310,19 @@ def test_sizes_that_cannot_be_indexed_are_refused(device):
         binaries = torch.ones(1, dtype=torch.bool, device=device).expand(shape)  # one byte of memory
         with pytest.raises(ValueError, match="occupancy.binaries: expected 1 to 64 levels"):
             ops.march_rays(origins, directions, SimpleNamespace(aabb=box, binaries=binaries))
+
+
+@pytest.mark.parametrize("box", [(-1e30, -1, -1, 1, 1, 1), (-1, -1, -1, 1, 1e30, 1), (-1e30,) * 3 + (1e30,) * 3])
+def test_huge_boxes(box, device):
+    """Where rounding decides what lies inside, kernels round as the reference does."""
+    origins, directions = make_rays(33, device)
+    grid = SimpleNamespace(aabb=torch.tensor(box, dtype=torch.float32, device=device),
+                           binaries=torch.rand(1, 3, 2, 5, generator=torch.Generator().manual_seed(1)).to(device) > 0.3)
+    samples = ops.march_rays(origins, directions, grid, far=9.0, step=0.1)
+    with use_backend("reference"):
+        expected = ops.march_rays(origins, directions, grid, far=9.0, step=0.1)
+    assert samples.num_samples > 0
+    torch.testing.assert_close(samples.ray_offsets, expected.ray_offsets)
 
 
 @pytest.mark.parametrize("levels", [31, 32, 33, 64])

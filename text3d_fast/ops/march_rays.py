@@ -59,8 +59,8 @@ def march_rays(
     Returns RaySamples, sorted by ray and by t. Not differentiable: a sample's position is, through `.positions`.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, step <= 0 or cone_angle < 0, and for a grid of
     more than 64 levels, of 2^32 cells or more, or without any.
-    NaN or infinite rays, or rays that are in the box at times beyond 1e38 (a direction of 1e-38): on a CPU ValueError;
-    on a GPU no samples (TEXT3D_CHECK=1: ValueError).
+    NaN or infinite rays, rays that are in the box at times beyond 1e38 (a direction of 1e-38), or a box whose maxima
+    are not above its minima: on a CPU ValueError; on a GPU no samples (TEXT3D_CHECK=1: ValueError).
     """
     if capacity is not None and not 0 <= capacity < 2**31:
         raise ValueError(f"capacity: expected None or a count below 2^31, got {capacity}")
@@ -127,8 +127,9 @@ def _march(origins, directions, binaries, aabb, near, far, jitter, near_number, 
     if exact or on_cpu or check_values():
         found, not_finite, too_many_steps, too_many_samples = info[:4].tolist()
         if not_finite and (on_cpu or check_values()):
-            raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, and jitter in "
-                             "[0, 1), and times inside the box below 1e38; some ray has other values")
+            raise ValueError("march_rays: expected finite origins, directions and near, far not NaN, jitter in [0, 1), "
+                             "times inside the box below 1e38, and occupancy.aabb with minima below its maxima; some "
+                             "ray or the box has other values")
         if too_many_steps:
             raise ValueError(f"step: {step} cuts the part of some ray inside the box into more than 2^24 intervals")
         if too_many_samples:

@@ -75,15 +75,18 @@ def march_rays(
     first = near + (0 if jitter is None else jitter.double()) * step
     lattice = Lattice(first, step, cone_angle)
 
-    centre, half = 0.5 * (box[:3] + box[3:]), 0.5 * (box[3:] - box[:3]) * 2.0 ** (binaries.shape[0] - 1)
+    # in box units, as the kernels: in a box of 1e30, rounding decides where a ray enters it
+    centre, half, outermost = 0.5 * (box[:3] + box[3:]), 0.5 * (box[3:] - box[:3]), 2.0 ** (binaries.shape[0] - 1)
+    position, velocity = (origins - centre) / half, directions / half
     infinite = torch.full_like(origins, float("inf"))
-    parallel, between = directions == 0, (origins - centre).abs() <= half
-    low, high = (centre - half - origins) / directions, (centre + half - origins) / directions
+    parallel, between = velocity == 0, position.abs() <= outermost
+    low, high = (-outermost - position) / velocity, (outermost - position) / velocity
     enter = torch.where(parallel, torch.where(between, -infinite, infinite), torch.minimum(low, high)).amax(1)
     leave = torch.where(parallel, infinite, torch.maximum(low, high)).amin(1)
     enter, leave = torch.maximum(enter, first), torch.minimum(leave, far)
-    finite = origins.isfinite().all(1) & directions.isfinite().all(1) & first.isfinite() & ~far.isnan()
-    hit = finite & (directions != 0).any(1) & (enter < leave) & (enter.abs() < LAST_TIME) & (leave.abs() < LAST_TIME)
+    finite = (half > 0).all() & position.isfinite().all(1) & velocity.isfinite().all(1)
+    finite = finite & first.isfinite() & ~far.isnan()
+    hit = finite & (velocity != 0).any(1) & (enter < leave) & (enter.abs() < LAST_TIME) & (leave.abs() < LAST_TIME)
 
     # One interval more on each side than needed: which of them count is decided by their own midpoints below.
     zero = torch.zeros_like(first)

@@ -22,12 +22,12 @@ import pytest
 import torch
 
 from text3d_fast import ops
-from text3d_fast.geometry import Mesh
+from text3d_fast.geometry import Mesh, vertex_normals
 from text3d_fast.nn import DeformableTetGrid
 from text3d_fast.scene import ColorField, laplacian_loss, normal_consistency, sdf_sign_loss
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import headlights
-from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes, vertex_normals
+from text3d_fast.scene.mesh_renderer import clip_positions, render_meshes
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {"kuhn 128": ("kuhn", 128, 0.53), "a15 128": ("a15", 128, 0.8), "a15 256": ("a15", 256, 0.8)}
@@ -49,7 +49,7 @@ class Case:
 
     def render(self):
         vertices, faces = self.grid.mesh()
-        mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
+        mesh = Mesh(vertices, faces, vertex_normals(vertices, faces, "area"))
         return render_meshes([mesh], self.cameras, self.background, headlights(self.cameras), material=self.color)
 
     def both(self):
@@ -69,7 +69,7 @@ class Case:
         with torch.no_grad():
             positions, sdf = self.grid.positions(), self.grid.distances()
             vertices, faces = ops.marching_tets(positions, sdf, self.grid.grid)
-            normals = vertex_normals(vertices, faces)
+            normals = vertex_normals(vertices, faces, "area")
             clip = clip_positions(vertices, self.cameras).contiguous()
             size = (self.cameras.height, self.cameras.width)
             rast, _ = ops.rasterize(clip, faces, size, grad_db=False)
@@ -80,7 +80,7 @@ class Case:
             edges = self.grid.crossing_edges()
         yield "offsets of the grid", lambda d: self.grid.half_side * d.tanh() + positions, [self.grid.deformation]
         yield "marching_tets", lambda p, s: ops.marching_tets(p, s, self.grid.grid)[0], [positions, sdf]
-        yield "vertex normals", lambda v: vertex_normals(v, faces), [vertices]
+        yield "vertex normals", lambda v: vertex_normals(v, faces, "area"), [vertices]
         yield "clip positions", lambda v: clip_positions(v, self.cameras), [vertices]
         yield "rasterize", lambda p: ops.rasterize(p, faces, size, grad_db=False)[0], [clip]
         yield "interpolate", lambda a, r: ops.interpolate(a, r, faces)[0], [attributes, rast]

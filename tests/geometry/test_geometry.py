@@ -305,3 +305,42 @@ def test_errors_name_the_argument(textured, tmp_path):
         geometry.read_mesh(tmp_path / "bad.glb")
     with pytest.raises(OSError):
         geometry.write_mesh(tmp_path / "missing" / "a.glb", textured)
+
+
+def test_normals_by_angle_do_not_count_slivers():
+    """A ball of marching tetrahedra, whose normals are known."""
+    mesh, _ = geometry.extract_mesh(lambda p: soft(ball(p)), 32, 12.0)
+    true = torch.nn.functional.normalize(mesh.vertices, dim=1)
+
+    def error(normals):
+        return float(torch.rad2deg(torch.arccos((normals * true).sum(1).clamp(-1, 1))).mean())
+
+    by_area = error(geometry.vertex_normals(mesh.vertices, mesh.faces, "area"))
+    assert error(mesh.with_normals().normals) < min(2.5, 0.75 * by_area)
+
+
+def test_gradients_of_normals_by_area_are_those_of_large_faces():
+    """Three faces round a vertex, one of them a cap as low as `height`: by angle the gradient grows as 1 / height."""
+
+    def gradient(height, weights):
+        around = torch.tensor([[1.0, -height, 0.0], [0.0, 1.0, 0.3], [-1.0, -height, 0.0]])
+        vertices = torch.cat([torch.zeros(1, 3), around]).double().requires_grad_()
+        faces = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 3, 1]], dtype=torch.int32)
+        normal = geometry.vertex_normals(vertices, faces, weights)[0]
+        return float(torch.autograd.grad(normal.sum(), vertices)[0].norm())
+
+    assert gradient(1e-5, "area") == pytest.approx(gradient(1e-2, "area"), rel=0.05)
+    assert gradient(1e-5, "angle") > 500 * gradient(1e-2, "angle")
+
+
+def test_normals_have_right_gradients_and_take_nothing():
+    vertices = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1], [5, 5, 5]]).double().requires_grad_()
+    faces = torch.tensor([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]], dtype=torch.int32)
+    for weights in ("angle", "area"):
+        normals = geometry.vertex_normals(vertices, faces, weights)
+        torch.testing.assert_close(normals[:4], torch.nn.functional.normalize(vertices[:4], dim=1))
+        assert normals[4].eq(0).all()  # no face is there
+        assert torch.autograd.gradcheck(lambda v, w=weights: geometry.vertex_normals(v, faces, w)[:4], (vertices,))
+        assert geometry.vertex_normals(vertices[:0], faces[:0], weights).shape == (0, 3)
+    with pytest.raises(ValueError, match="weights: expected 'angle' or 'area', got 'none'"):
+        geometry.vertex_normals(vertices, faces, "none")

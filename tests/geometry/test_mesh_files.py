@@ -109,17 +109,6 @@ def test_glb_has_smooth_unit_normals():
     np.testing.assert_allclose(normals[expected.norm(dim=1) > 0.5], expected[expected.norm(dim=1) > 0.5], atol=1e-6)
 
 
-def test_smooth_normals_do_not_count_slivers():
-    """A ball of marching tetrahedra, whose normals are known; weighted by area they are 7 degrees off on average."""
-    from text3d_fast.geometry import extract_mesh
-
-    mesh, _ = extract_mesh(lambda p: 12 * torch.exp((60 * (0.6 - p.norm(dim=1))).clamp(-20, 4)), 32, 12.0)
-    mesh = mesh.with_normals()
-    true = torch.nn.functional.normalize(mesh.vertices, dim=1)
-    angle = torch.rad2deg(torch.arccos((mesh.normals * true).sum(1).clamp(-1, 1)))
-    assert angle.mean() < 4
-
-
 def test_obj_names_without_blanks(tmp_path):
     mesh = Mesh(torch.from_numpy(TRIANGLE), torch.tensor([[0, 1, 2]]), uv=torch.rand(3, 2),
                 uv_faces=torch.tensor([[0, 1, 2]]), texture=torch.rand(4, 4, 3))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from text3d_fast import ops
-from text3d_fast.geometry import Mesh
+from text3d_fast.geometry import Mesh, vertex_normals
 from text3d_fast.nn import DeformableTetGrid
 from text3d_fast.scene import RadianceField, laplacian_loss, normal_consistency, sdf_sign_loss
 from text3d_fast.scene.cameras import CameraDistribution, Cameras
-from text3d_fast.scene.mesh_renderer import render_meshes, vertex_normals
+from text3d_fast.scene.mesh_renderer import render_meshes
 from text3d_fast.scene.tet_field import MARGIN, ColorField, fit_to_density
 
 
@@ -100,7 +100,7 @@ def test_regularizers_have_gradients_and_take_nothing():
     vertices = vertices.double().requires_grad_()
 
     def penalties(v):
-        return normal_consistency(vertex_normals(v, faces), faces) + laplacian_loss(v, faces)
+        return normal_consistency(vertex_normals(v, faces, "area"), faces) + laplacian_loss(v, faces)
 
     assert torch.autograd.gradcheck(penalties, (vertices,))
     s = torch.randn(6, dtype=torch.float64, requires_grad=True)

@@ -70,8 +70,9 @@ def bounding_ball(mesh: Mesh) -> tuple[Tensor, float]:
 
 
 def _placed(mesh: Mesh, center: Tensor, radius: float) -> Mesh:
-    """Moved and scaled in float64: coordinates may be anything that float32 holds."""
-    return dataclasses.replace(mesh, vertices=((mesh.vertices.double() - center) / radius).float())
+    """Moved and scaled in float64: coordinates may be anything that float32 holds. With normals."""
+    placed = dataclasses.replace(mesh, vertices=((mesh.vertices.double() - center) / radius).float())
+    return placed if placed.normals is not None else placed.with_normals()
 
 
 def read_background(path: str | Path, size: int) -> Tensor:

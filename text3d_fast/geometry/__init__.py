@@ -8,6 +8,7 @@ from text3d_fast.geometry.extract import automatic_threshold, averaged_density, 
 from text3d_fast.geometry.gltf import glb_bytes
 from text3d_fast.geometry.io import read_mesh, write_mesh
 from text3d_fast.geometry.mesh import Mesh
+from text3d_fast.geometry.normals import vertex_normals
 from text3d_fast.geometry.parts import MeshWarning
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "read_mesh",
     "sample_colors",
     "unwrap",
+    "vertex_normals",
     "write_mesh",
 ]

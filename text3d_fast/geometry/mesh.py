@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from text3d_fast.geometry.normals import vertex_normals
+
 
 @dataclass(eq=False)
 class Mesh:
@@ -79,17 +81,8 @@ class Mesh:
         return float((torch.linalg.cross(a, b) * c).sum() / 6)
 
     def with_normals(self) -> "Mesh":
-        """The same with smooth normals: the mean of the faces around each vertex, weighted by their angles there
-        (Thuermer and Wuethrich 1998), so that slivers of marching tetrahedra do not count: half the error of areas."""
-        corners = self.corners()
-        unit = torch.nn.functional.normalize(self.area_vectors(), dim=-1, eps=1e-30)
-        normals = torch.zeros_like(self.vertices)
-        for corner in range(3):
-            a = corners[:, (corner + 1) % 3] - corners[:, corner]
-            b = corners[:, (corner + 2) % 3] - corners[:, corner]
-            angle = torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1))
-            normals.index_add_(0, self.faces[:, corner].long(), unit * angle[:, None])
-        return dataclasses.replace(self, normals=torch.nn.functional.normalize(normals, dim=-1, eps=1e-20))
+        """The same with smooth normals, weighted by angles; see `vertex_normals`."""
+        return dataclasses.replace(self, normals=vertex_normals(self.vertices, self.faces))
 
     def tangents(self) -> torch.Tensor:
         """[U, 4]: for each row of the atlas the unit direction of growing u, at right angles to the vertex normal, and

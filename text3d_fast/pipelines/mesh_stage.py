@@ -26,7 +26,7 @@ from text3d_fast.pipelines.volume_stage import (
 from text3d_fast.scene.background import random_background
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights, headlights
-from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes, vertex_normals
+from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes
 from text3d_fast.scene.regularizers import laplacian_loss, normal_consistency, sdf_sign_loss
 from text3d_fast.scene.tet_field import ColorField, TetField, fit_to_density
 
@@ -103,7 +103,7 @@ class MeshStage(Stage):
             vertices, faces = self.scene.tets.mesh()
         elif self.step_done % KEEP_EVERY == 0:
             self.kept.keep(self.scene.tets, len(faces))
-        return Mesh(vertices, faces, vertex_normals(vertices, faces))
+        return Mesh(vertices, faces, geometry.vertex_normals(vertices, faces, "area"))
 
     def render(self, mesh: Mesh, cameras: Cameras, background: Tensor, lights: Lights, mode: str) -> MeshRendering:
         return render_meshes([mesh], cameras, background, lights, mode, material=self.scene.color)
@@ -143,8 +143,8 @@ class MeshStage(Stage):
         mesh = Mesh(*self.scene.tets.mesh())
         if not len(mesh.faces):
             return background[:, None, None].expand(-1, cameras.height, cameras.width, 3)
-        mesh.normals = vertex_normals(mesh.vertices, mesh.faces)
-        rendering = render_meshes([mesh], cameras, background, headlights(cameras), material=self.scene.color)
+        lights, mesh = headlights(cameras), mesh.with_normals()
+        rendering = render_meshes([mesh], cameras, background, lights, material=self.scene.color)
         return rendering.color.clamp(0, 1)
 
     @torch.no_grad()

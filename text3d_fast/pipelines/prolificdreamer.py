@@ -23,7 +23,7 @@ from text3d_fast.pipelines.stage import Stage
 from text3d_fast.pipelines.volume_stage import VolumeStage, score_distillation
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights
-from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes, vertex_normals
+from text3d_fast.scene.mesh_renderer import MeshRendering, render_meshes
 
 
 class Field(VolumeStage):
@@ -62,8 +62,7 @@ class Paint(MeshStage):
 
     def surface(self) -> Mesh:
         if self._surface is None:
-            vertices, faces = self.scene.tets.mesh()
-            self._surface = Mesh(vertices, faces, vertex_normals(vertices, faces))
+            self._surface = Mesh(*self.scene.tets.mesh()).with_normals()
         return self._surface
 
     def penalties(self, mesh: Mesh) -> Tensor:

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from text3d_fast import ops
+from text3d_fast.geometry.mesh import Mesh
+from text3d_fast.geometry.normals import vertex_normals
 from text3d_fast.reference.rasterize import decode_triangle_ids, encode_triangle_ids
 from text3d_fast.scene.cameras import Cameras
 from text3d_fast.scene.lights import Lights
 from text3d_fast.scene.shading import shade
 
 PLAIN = 0.75  # grey of a mesh that has no colours
-
-
-class TexturedMesh(Protocol):
-    """What is rendered, for example `geometry.Mesh`: vertices [V, 3], faces int [F, 3]; the rest may be None."""
-
-    vertices: Tensor
-    faces: Tensor
-    normals: Tensor | None
-    colors: Tensor | None
-    uv: Tensor | None
-    uv_faces: Tensor | None
-    texture: Tensor | None
-    normal_map: Tensor | None
-
-    def tangents(self) -> Tensor:
-        """Of the rows of uv, for a normal map; see `geometry.Mesh`."""
-        ...
 
 
 @dataclass
@@ -59,7 +43,7 @@ def clip_positions(vertices: Tensor, cameras: Cameras, near: float = 0.05, far: 
 
 
 def render_meshes(
-    meshes: Sequence[TexturedMesh],
+    meshes: Sequence[Mesh],
     cameras: Cameras,
     background: Tensor,
     lights: Lights | None = None,
@@ -75,6 +59,7 @@ def render_meshes(
     positions [N, 3], instead of the meshes' own texture or vertex colours; only pixels that see something ask it.
     topology: `ops.antialias_topology` of all faces in a row, when it is known.
     two_sided: normals turn towards the camera, for meshes whose winding is not to be trusted.
+    Meshes without normals get smooth ones, weighted by area as an optimization needs them (`geometry.vertex_normals`).
     Gradients to vertices (through silhouettes too), normals, colours, texture, lights and material. Meshes without
     faces are legal, and nothing is seen of them. One host synchronization, for the number of visible pixels.
     """
@@ -83,7 +68,7 @@ def render_meshes(
     vertices = torch.cat([mesh.vertices for mesh in meshes])
     faces = torch.cat([mesh.faces.int() + start for mesh, start in zip(meshes, starts)]).contiguous()
     normals = torch.cat([
-        vertex_normals(mesh.vertices, mesh.faces) if mesh.normals is None else mesh.normals for mesh in meshes
+        vertex_normals(mesh.vertices, mesh.faces, "area") if mesh.normals is None else mesh.normals for mesh in meshes
     ])
     clip = clip_positions(vertices, cameras).contiguous()
     shape = (len(cameras), cameras.height, cameras.width)
@@ -145,17 +130,6 @@ class _Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, rows, grad), None
 
 
-def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
-    """[V, 3] unit: the mean of the faces [F, 3] around each vertex, weighted by area; zero where there is none."""
-    corners = faces.long()
-    a, b, c = (vertices.index_select(0, corners[:, k]) for k in range(3))
-    vectors = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(vertices)
-    for k in range(3):
-        total = total.index_add(0, corners[:, k], vectors)
-    return torch.nn.functional.normalize(total, dim=-1, eps=1e-20)
-
-
 def _only(rast: Tensor, first: int, count: int) -> Tensor:
     """rast with the triangles first .. first + count - 1 renumbered from 1, and everything else background."""
     ids = decode_triangle_ids(rast[..., 3]) - first
@@ -164,7 +138,7 @@ def _only(rast: Tensor, first: int, count: int) -> Tensor:
     return torch.where(inside, only, torch.zeros_like(rast)).contiguous()
 
 
-def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:
+def _albedo(mesh: Mesh, rast: Tensor, rast_db: Tensor) -> Tensor:
     """[B * H * W, 3] of one mesh's own texture or colours, 0 elsewhere."""
     if mesh.texture is not None and mesh.uv is not None:
         return _sampled(mesh, mesh.texture, rast, rast_db)
@@ -173,7 +147,7 @@ def _albedo(mesh: TexturedMesh, rast: Tensor, rast_db: Tensor) -> Tensor:
     return PLAIN * (rast[..., 3:] > 0).to(rast.dtype).view(-1, 1).expand(-1, 3)
 
 
-def _sampled(mesh: TexturedMesh, image: Tensor, rast: Tensor, rast_db: Tensor) -> Tensor:
+def _sampled(mesh: Mesh, image: Tensor, rast: Tensor, rast_db: Tensor) -> Tensor:
     """[B * H * W, 3] of an image [h, w, 3] in the mesh's atlas, 0 elsewhere."""
     uv, uv_da = ops.interpolate(mesh.uv[None].contiguous(), rast, mesh.uv_faces.int().contiguous(), rast_db, "all")
     image = image.flip(0)[None].contiguous()
@@ -184,7 +158,7 @@ def _sampled(mesh: TexturedMesh, image: Tensor, rast: Tensor, rast_db: Tensor) -
     return color.view(-1, 3)
 
 
-def _mapped(mesh: TexturedMesh, normals: Tensor, rast: Tensor, rast_db: Tensor, pixels: Tensor) -> Tensor:
+def _mapped(mesh: Mesh, normals: Tensor, rast: Tensor, rast_db: Tensor, pixels: Tensor) -> Tensor:
     """Unit normals [P, 3] of the pixels, where the mesh is seen those of its normal map (glTF 2.0, section 3.9.3)."""
     x, y, z = (2 * _Pick.apply(_sampled(mesh, mesh.normal_map, rast, rast_db), pixels) - 1).split(1, -1)
     frame, _ = ops.interpolate(mesh.tangents()[None].contiguous(), rast, mesh.uv_faces.int().contiguous())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from text3d_fast import ops
 from text3d_fast.app import cli
 from text3d_fast.app.viewer import ViewSettings, view
 from text3d_fast.geometry import Mesh, write_mesh
@@ -74,6 +75,24 @@ def test_meshes_share_depth():
     for other, red in ((front, True), (behind, False)):
         color = render_meshes([ball(), other], camera(), torch.zeros(1, 3), mode="albedo").color[0]
         assert (color[24, 24, 0] > 0.9 and color[24, 24, 1] < 0.1) == red
+
+
+def test_a_mesh_looks_the_same_beside_another_and_is_looked_up_once(monkeypatch):
+    """Texture and normal map: its triangles have other numbers there, and its place in the atlas is found once."""
+    mesh = sheet()
+    mesh.normals = torch.tensor([[0.0, 0.0, 1.0]]).repeat(4, 1)
+    mesh.normal_map = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
+    lights = Lights(torch.tensor([[2.0, 1.0, 3.0]]), torch.ones(1, 3), torch.zeros(1, 3))
+    hidden = ball(0.2)
+    hidden.vertices[:, 2] -= 1.0
+    alone, calls = render_meshes([mesh], camera(), torch.zeros(1, 3), lights), []
+    interpolate = ops.interpolate
+    monkeypatch.setattr(ops, "interpolate", lambda *args: calls.append(args[0].shape[-1]) or interpolate(*args))
+    both = render_meshes([hidden, mesh], camera(), torch.zeros(1, 3), lights)
+    torch.testing.assert_close(both.color, alone.color)
+    torch.testing.assert_close(both.normals, alone.normals)
+    assert both.normals[0, 32, 32].sub(torch.tensor([0.0, 0.0, 1.0])).norm() > 0.1  # the map is seen
+    assert sorted(calls) == [2, 4, 6]  # the atlas; tangents; positions with normals
 
 
 def test_light_comes_from_where_it_is():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,11 +82,10 @@ def render_meshes(
     views = pixels // (shape[1] * shape[2])
     positions, normals = _Pick.apply(attributes.view(-1, 6), pixels).split(3, -1)
     normals = torch.nn.functional.normalize(normals, dim=-1, eps=1e-12)
-    first = 0
-    for mesh in meshes:
-        if mesh.normal_map is not None and mesh.uv is not None:
-            normals = _mapped(mesh, normals, _only(rast, first, len(mesh.faces)), rast_db, pixels)
-        first += len(mesh.faces)
+    layers = _layers(meshes, rast, rast_db)
+    for layer in layers:
+        if layer.mesh.normal_map is not None and layer.mesh.uv is not None:
+            normals = layer.mapped(normals, pixels)
     if two_sided:
         away = (normals * (cameras.position[views] - positions)).sum(-1, keepdim=True) < 0
         normals = torch.where(away, -normals, normals)
@@ -95,10 +95,7 @@ def render_meshes(
         if material is not None:
             albedo = material(positions)
         else:
-            albedo, first = torch.zeros_like(positions), 0
-            for mesh in meshes:
-                albedo = albedo + _Pick.apply(_albedo(mesh, _only(rast, first, len(mesh.faces)), rast_db), pixels)
-                first += len(mesh.faces)
+            albedo = sum(_Pick.apply(layer.albedo(), pixels) for layer in layers)
         if mode != "albedo" and lights is None:
             raise ValueError(f"lights: expected one, or one for each camera, with mode {mode!r}, got None")
         color = shade(albedo, normals, positions, lights, views, mode)
@@ -130,40 +127,67 @@ class _Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, rows, grad), None
 
 
-def _only(rast: Tensor, first: int, count: int) -> Tensor:
-    """rast with the triangles first .. first + count - 1 renumbered from 1, and everything else background."""
-    ids = decode_triangle_ids(rast[..., 3]) - first
-    inside = ((ids >= 0) & (ids < count))[..., None]
-    only = torch.cat([rast[..., :3], encode_triangle_ids(ids)[..., None]], -1)
-    return torch.where(inside, only, torch.zeros_like(rast)).contiguous()
+def _layers(meshes: Sequence[Mesh], rast: Tensor, rast_db: Tensor) -> list[_Layer]:
+    firsts = [sum(len(mesh.faces) for mesh in meshes[:i]) for i in range(len(meshes))]
+    return [_Layer(mesh, rast, rast_db, None if len(meshes) == 1 else first) for mesh, first in zip(meshes, firsts)]
 
 
-def _albedo(mesh: Mesh, rast: Tensor, rast_db: Tensor) -> Tensor:
-    """[B * H * W, 3] of one mesh's own texture or colours, 0 elsewhere."""
-    if mesh.texture is not None and mesh.uv is not None:
-        return _sampled(mesh, mesh.texture, rast, rast_db)
-    if mesh.colors is not None:
-        return ops.interpolate(mesh.colors[None].contiguous(), rast, mesh.faces.int().contiguous())[0].view(-1, 3)
-    return PLAIN * (rast[..., 3:] > 0).to(rast.dtype).view(-1, 1).expand(-1, 3)
+class _Layer:
+    """One mesh of a picture: where it is seen and what its images show there, each found when first asked for.
 
+    first: number of its first triangle in the picture; None: the picture has no other mesh
+    """
 
-def _sampled(mesh: Mesh, image: Tensor, rast: Tensor, rast_db: Tensor) -> Tensor:
-    """[B * H * W, 3] of an image [h, w, 3] in the mesh's atlas, 0 elsewhere."""
-    uv, uv_da = ops.interpolate(mesh.uv[None].contiguous(), rast, mesh.uv_faces.int().contiguous(), rast_db, "all")
-    image = image.flip(0)[None].contiguous()
-    levels, (height, width) = 0, image.shape[1:3]
-    while height % 2 == 0 and width % 2 == 0:
-        levels, height, width = levels + 1, height // 2, width // 2
-    color = ops.texture(image, uv, uv_da, boundary_mode="clamp", max_mip_level=levels) * (rast[..., 3:] > 0)
-    return color.view(-1, 3)
+    def __init__(self, mesh: Mesh, rast: Tensor, rast_db: Tensor, first: int | None):
+        self.mesh, self._all, self._rast_db, self._first = mesh, rast, rast_db, first
 
+    @cached_property
+    def rast(self) -> Tensor:
+        """That of the picture with the mesh's triangles numbered from 1, and everything else background."""
+        if self._first is None:
+            return self._all
+        ids = decode_triangle_ids(self._all[..., 3]) - self._first
+        inside = ((ids >= 0) & (ids < len(self.mesh.faces)))[..., None]
+        own = torch.cat([self._all[..., :3], encode_triangle_ids(ids)[..., None]], -1)
+        return torch.where(inside, own, torch.zeros_like(own)).contiguous()
 
-def _mapped(mesh: Mesh, normals: Tensor, rast: Tensor, rast_db: Tensor, pixels: Tensor) -> Tensor:
-    """Unit normals [P, 3] of the pixels, where the mesh is seen those of its normal map (glTF 2.0, section 3.9.3)."""
-    x, y, z = (2 * _Pick.apply(_sampled(mesh, mesh.normal_map, rast, rast_db), pixels) - 1).split(1, -1)
-    frame, _ = ops.interpolate(mesh.tangents()[None].contiguous(), rast, mesh.uv_faces.int().contiguous())
-    along, sign = _Pick.apply(frame.view(-1, 4), pixels).split((3, 1), -1)
-    along = torch.nn.functional.normalize(along, dim=-1, eps=1e-12)
-    fine = x * along + y * torch.sign(sign) * torch.linalg.cross(normals, along) + z * normals
-    seen = (rast[..., 3:] > 0).view(-1, 1)[pixels]
-    return torch.where(seen, torch.nn.functional.normalize(fine, dim=-1, eps=1e-12), normals)
+    @property
+    def seen(self) -> Tensor:
+        """bool [B, H, W, 1]."""
+        return self.rast[..., 3:] > 0
+
+    @cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Each pixel's place in the atlas, and the place's derivatives."""
+        uv, faces = self.mesh.uv[None].contiguous(), self.mesh.uv_faces.int().contiguous()
+        return ops.interpolate(uv, self.rast, faces, self._rast_db, "all")
+
+    def albedo(self) -> Tensor:
+        """[B * H * W, 3] of its own texture or colours, 0 elsewhere."""
+        mesh = self.mesh
+        if mesh.texture is not None and mesh.uv is not None:
+            return self.sampled(mesh.texture)
+        if mesh.colors is not None:
+            colors, _ = ops.interpolate(mesh.colors[None].contiguous(), self.rast, mesh.faces.int().contiguous())
+            return colors.view(-1, 3)
+        return PLAIN * self.seen.to(self.rast.dtype).view(-1, 1).expand(-1, 3)
+
+    def sampled(self, image: Tensor) -> Tensor:
+        """[B * H * W, 3] of an image [h, w, 3] in the atlas, 0 elsewhere."""
+        image = image.flip(0)[None].contiguous()
+        levels, (height, width) = 0, image.shape[1:3]
+        while height % 2 == 0 and width % 2 == 0:
+            levels, height, width = levels + 1, height // 2, width // 2
+        color = ops.texture(image, *self.place, boundary_mode="clamp", max_mip_level=levels) * self.seen
+        return color.view(-1, 3)
+
+    def mapped(self, normals: Tensor, pixels: Tensor) -> Tensor:
+        """Unit normals [P, 3] of the pixels, where it is seen those of its normal map (glTF 2.0, section 3.9.3)."""
+        mesh = self.mesh
+        x, y, z = (2 * _Pick.apply(self.sampled(mesh.normal_map), pixels) - 1).split(1, -1)
+        frame, _ = ops.interpolate(mesh.tangents()[None].contiguous(), self.rast, mesh.uv_faces.int().contiguous())
+        along, sign = _Pick.apply(frame.view(-1, 4), pixels).split((3, 1), -1)
+        along = torch.nn.functional.normalize(along, dim=-1, eps=1e-12)
+        fine = x * along + y * torch.sign(sign) * torch.linalg.cross(normals, along) + z * normals
+        fine = torch.nn.functional.normalize(fine, dim=-1, eps=1e-12)
+        return torch.where(self.seen.view(-1, 1)[pixels], fine, normals)

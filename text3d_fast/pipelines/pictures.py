@@ -29,8 +29,8 @@ def volume_views(
     """Pictures [V, size, size, 3] in 0..1 and opacities [V, size, size] of the volume; angles in degrees."""
     device = renderer.occupancy.aabb.device
     pictures, opacities = [], []
-    for view in orbits(cameras, azimuths, elevation, size, device):
-        background = torch.tensor([ground], device=device)
+    around, background = orbits(cameras, azimuths, elevation, size, device), torch.tensor([ground], device=device)
+    for view in (around[k] for k in range(len(around))):
         rendering = renderer(field, view, background, headlights(view), mode, None if mode == "albedo" else normals)
         pictures.append(rendering.color.clamp(0, 1))
         opacities.append(rendering.opacity)
@@ -46,10 +46,10 @@ def mesh_views(
     background = torch.tensor([ground], device=mesh.vertices.device)
     if not len(mesh.faces):
         return background.expand(len(azimuths), size, size, 3)
-    mesh = mesh.with_normals()
-    frames = [render_meshes([mesh], view, background, headlights(view)).color.clamp(0, 1)
-              for view in orbits(cameras, azimuths, elevation, size, mesh.vertices.device)]
-    return torch.cat(frames)
+    mesh, around = mesh.with_normals(), orbits(cameras, azimuths, elevation, size, mesh.vertices.device)
+    several = max(1, 8 * 256**2 // size**2)  # at once: mipmaps and tangents are made once for them
+    parts = [around[first : first + several] for first in range(0, len(around), several)]
+    return torch.cat([render_meshes([mesh], part, background, headlights(part)).color.clamp(0, 1) for part in parts])
 
 
 @torch.no_grad()
@@ -59,19 +59,20 @@ def mesh_silhouettes(
     """Which pixels the mesh covers, bool [V, size, size]."""
     masks = [torch.zeros(size, size, dtype=torch.bool, device=mesh.vertices.device)] * len(azimuths)
     if len(mesh.faces):
-        for k, view in enumerate(orbits(cameras, azimuths, elevation, size, mesh.vertices.device)):
-            rast, _ = ops.rasterize(clip_positions(mesh.vertices, view).contiguous(), mesh.faces, (size, size))
+        around = orbits(cameras, azimuths, elevation, size, mesh.vertices.device)
+        for k in range(len(around)):
+            rast, _ = ops.rasterize(clip_positions(mesh.vertices, around[k]).contiguous(), mesh.faces, (size, size))
             masks[k] = rast[0, ..., 3].flip(0) != 0
     return torch.stack(masks)
 
 
 def orbits(
     cameras: CameraDistribution, azimuths: list[float], elevation: float, size: int, device: torch.device
-) -> list[Cameras]:
+) -> Cameras:
     """One camera for each azimuth (degrees), at the middle of the distances and fields of view of the run."""
     fov_y, distance = math.radians(sum(cameras.fov_y) / 2), sum(cameras.distance) / 2
-    return [Cameras.orbit(math.radians(elevation), math.radians(azimuth), distance, fov_y, size, device)
-            for azimuth in azimuths]
+    around = torch.tensor([math.radians(azimuth) for azimuth in azimuths])
+    return Cameras.orbit(math.radians(elevation), around, distance, fov_y, size, device)
 
 
 def views(mesh: Mesh, cameras: CameraDistribution, size: int = 256) -> Tensor:

@@ -12,9 +12,9 @@ from text3d_fast.errors import EmptyMesh
 from text3d_fast.geometry import Mesh
 from text3d_fast.guidance import DistillationLoss
 from text3d_fast.nn import DeformableTetGrid
-from text3d_fast.pipelines.config import MeshConfig
 from text3d_fast.pipelines.pictures import mesh_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
+from text3d_fast.pipelines.stage_config import MeshConfig
 from text3d_fast.pipelines.surface import asset, choose_threshold
 from text3d_fast.pipelines.volume_stage import (
     VolumeStage,

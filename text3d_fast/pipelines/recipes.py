@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from text3d_fast.guidance import Prior
-from text3d_fast.pipelines.config import RunConfig, VolumeConfig
+from text3d_fast.pipelines.config import RunConfig
+from text3d_fast.pipelines.stage_config import VolumeConfig
 
 # A scene as fine as 512 pixels can show: the sizes of the papers and their reproductions. Rays through the ball
 # of radius 0.9 take up to 512 samples.

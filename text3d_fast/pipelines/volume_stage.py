@@ -12,9 +12,9 @@ from text3d_fast.guidance import DISTILLATIONS, Conditions, DistillationLoss, Ti
 from text3d_fast.guidance.debias import MaskedViews, debias
 from text3d_fast.guidance.prompts import ViewPrompts
 from text3d_fast.nn import OccupancyGrid
-from text3d_fast.pipelines.config import FieldConfig, GuidanceConfig, MeshConfig, VolumeConfig
 from text3d_fast.pipelines.pictures import volume_views
 from text3d_fast.pipelines.stage import Extraction, Look, Stage, StepState
+from text3d_fast.pipelines.stage_config import FieldConfig, GuidanceConfig, MeshConfig, VolumeConfig
 from text3d_fast.pipelines.surface import volume_surface
 from text3d_fast.scene.background import BackgroundNetwork, random_background
 from text3d_fast.scene.cameras import Cameras

@@ -474,9 +474,15 @@ def test_t5_keeps_in_fp32_what_half_precision_overflows(tmp_path):
     assert prior.texts(["a red mug"]).shape == (1, 77, 16)
 
 
-def test_loading_says_what_it_does_and_nothing_else(folders, caplog, capfd):
+def test_loading_says_what_takes_long_and_nothing_else(folders, caplog, capfd, monkeypatch):
     import logging
 
+    from text3d_fast.guidance.models import loading
+
+    with caplog.at_level(logging.INFO, "text3d_fast.guidance"):
+        small = DiffusionPrior.from_pretrained(folders["latent"])
+        assert small.unet is small.unet and not caplog.records
+    monkeypatch.setattr(loading, "LARGE", 1000)
     prior = DiffusionPrior.from_pretrained(folders["latent"])
     with caplog.at_level(logging.INFO, "text3d_fast.guidance"):
         prior.prepare(["a red mug"])

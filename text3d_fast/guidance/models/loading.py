@@ -21,6 +21,7 @@ from text3d_fast.guidance.models.weights import STEMS, plain_folder, safetensors
 from text3d_fast.guidance.schedule import NoiseSchedule
 
 LOGGER = logging.getLogger("text3d_fast.guidance")  # what takes seconds is said here, at INFO
+LARGE = 50_000_000  # parameters, from which on loading is said: below it takes less than a second
 _WORDS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
 
 
@@ -216,7 +217,11 @@ def load_tiny_autoencoder(source: str | Path, folder: ModelFolder, dtype: torch.
 
 
 def _say(name: str, folder: ModelFolder, dtype: torch.dtype) -> None:
+    """What is about to be loaded, if that takes long."""
+    parameters = folder.parameters(name)
+    if parameters < LARGE:
+        return
     steps = ["text_encoder", *(["vae"] if folder.vae is not None else []), "unet"]
     kind = str(dtype).removeprefix("torch.")
     LOGGER.info("loading the %s of %s (%.0f M parameters, %s), part %d of %d", _WORDS[name], folder.source,
-                folder.parameters(name) / 1e6, kind, steps.index(name) + 1, len(steps))
+                parameters / 1e6, kind, steps.index(name) + 1, len(steps))

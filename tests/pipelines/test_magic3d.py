@@ -58,7 +58,10 @@ def test_both_stages_make_a_red_ball(finished):
     for name in ("mesh.glb", "views.png", "result.json", "config.yaml", "coarse.safetensors", "checkpoint.safetensors"):
         assert (folder / name).is_file()
     figures = json.loads((folder / "result.json").read_text())
-    assert figures["status"] == "done" and figures["pipeline"] == "magic3d" and figures["steps"] == 12
+    assert figures["status"] == "done" and figures["pipeline"] == "magic3d" and figures["steps"] == 42
+    assert {name: stage["steps"] for name, stage in figures["stages"].items()} == {"coarse": 30, "fine": 12}
+    spent = sum(stage["seconds"] for stage in figures["stages"].values())
+    assert figures["seconds"]["optimization"] == pytest.approx(spent, abs=0.02)
     assert figures["guidance"] == {"coarse": "red ball", "fine": "red ball"}
     assert result.mesh.is_closed() and result.mesh.euler_characteristic() == 2
     assert result.mesh.colors[:, 0].mean() > 0.6 > 0.4 > result.mesh.colors[:, 1].mean()
@@ -72,8 +75,10 @@ def test_the_fine_stage_starts_from_the_coarse_folder_to_the_same_result(finishe
     alone = pipeline().run("a ball", out=tmp_path / "fine", start=tmp_path / "coarse")
     torch.testing.assert_close(alone.mesh.vertices, whole.mesh.vertices, rtol=0, atol=0)
     torch.testing.assert_close(alone.mesh.colors, whole.mesh.colors, rtol=0, atol=0)
+    assert list(alone.metrics["stages"]) == ["coarse", "fine"] and alone.metrics["steps"] == 42
     edit = Edit(tmp_path / "fine", "cpu", BlueBall())  # what the fine stage began with is there, too
-    assert edit.run("a blue ball", 1, out=tmp_path / "edit").metrics["steps"] == 1
+    figures = edit.run("a blue ball", 1, out=tmp_path / "edit").metrics
+    assert figures["steps"] == 1 and list(figures["stages"]) == ["edit"]
     with pytest.raises(ValueError, match="start: the stage fine begins with a finished coarse"):
         pipeline().run("a ball", stage="fine")
     with pytest.raises(CheckpointError):

@@ -94,7 +94,7 @@ class LiveView:
         """Save and end the run after its next step."""
         self._stop.set()
 
-    def begin(self, pipeline: Pipeline, prompt: str, steps: int | None, out: Path) -> None:
+    def begin(self, pipeline: Pipeline, prompt: str, out: Path) -> None:
         """Of one run."""
         for mesh in self._meshes:
             mesh.remove()

@@ -42,15 +42,17 @@ class Progress:
         self._stop()
         self._messages.__exit__(*error)
 
-    def begin(self, pipeline: Pipeline, prompt: str, steps: int | None, out: Path) -> None:
+    def begin(self, pipeline: Pipeline, prompt: str, out: Path) -> None:
         """Of one run; its lines go into `out`/run.log, too."""
         from text3d_fast.pipelines.run_folder import LOG
 
         self.stage, self.log = None, out / LOG
         understood = pipeline.prior.canonical(prompt)
-        steps = steps or pipeline.config.total_steps()
         self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")
-        self.say(f"model {pipeline.model}, {steps} steps on {pipeline.device}")
+        guidance = pipeline.about().get("guidance", {})
+        several = len(set(guidance.values())) > 1
+        models = ", ".join(f"{name} in {stage}" for stage, name in guidance.items()) if several else pipeline.model
+        self.say(f"model {models}, on {pipeline.device}")
 
     def step(self, step: int, state: StepState) -> None:
         steps, name = state.stage.config.steps, state.stage.name
@@ -88,9 +90,11 @@ class Progress:
 
     def end(self, result: Result) -> None:
         metrics, figures = result.metrics, result.metrics["metrics"]
-        seconds = metrics["seconds"]
-        line = (f"done in {seconds['total']:.0f} s ({metrics['seconds_per_step'] * 1000:.0f} ms a step, "
-                f"export {seconds['export']:.0f} s, {metrics['peak_memory_bytes'] / 2**30:.1f} GiB): "
+        seconds, stages = metrics["seconds"], metrics["stages"]
+        each = ", ".join(f"{name} {stage['steps']} steps of {stage['seconds_per_step'] * 1000:.0f} ms"
+                         for name, stage in stages.items())
+        line = (f"done in {seconds['total']:.0f} s ({each}, export {seconds['export']:.0f} s, "
+                f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB): "
                 f"{figures['faces']} faces, {figures['components']} piece(s)")
         self._note(line)
         self.say(line)

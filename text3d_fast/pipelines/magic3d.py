@@ -45,6 +45,10 @@ class EditStage(MeshStage):
 
     name = "edit"
 
+    def build(self, previous: Stage | None) -> None:
+        super().build(previous)
+        self.earlier = {}  # what the result took is told in its own folder
+
 
 class Magic3D(Pipeline):
     """Text to a textured mesh in two stages; arguments as `Pipeline`, and

@@ -75,13 +75,15 @@ def finish(stage: Stage, folder: RunFolder | None, about: dict[str, Any], report
     if folder is not None and distributed.is_first():
         _write(folder, stage, solid, pictures, report)
     report("done", 1.0)
-    spent, optimization = time.perf_counter() - started, stage.seconds_before + stage.seconds
+    spent = time.perf_counter() - started
+    steps, optimization = (sum(part) for part in zip(*stage.taken.values(), strict=True))
     metrics = {
         "status": "done" if solid else "empty", "pipeline": run.pipeline,
-        "prompt": run.prompt, "model": run.model, "seed": run.seed, "steps": stage.step_done, **about,
+        "prompt": run.prompt, "model": run.model, "seed": run.seed, "steps": steps, **about,
         "seconds": {"optimization": round(optimization, 2), "export": round(spent, 2),
                     "total": round(optimization + spent, 2)},
-        "seconds_per_step": round(stage.seconds / max(stage.step_done, 1), 4),
+        "stages": {name: {"steps": done, "seconds": round(took, 2), "seconds_per_step": round(took / max(done, 1), 4)}
+                   for name, (done, took) in stage.taken.items()},
         "peak_memory_bytes": peak_memory(stage.device), "device": device_name(stage.device),
         "threads": run.threads, "metrics": (solid or assets)[0].figures,
         "warnings": [warning for asset in assets for warning in asset.warnings], "versions": versions(),

@@ -81,7 +81,7 @@ class Stage(ABC):
     """One optimization. A pipeline is a list of them, each built from the finished one before it.
 
     config     the stage's own settings; `run` those of the whole run
-    step_done  steps done; seconds  spent on them, and seconds_before on the stages before
+    step_done  steps done; seconds  spent on them; earlier  both of the finished stages before, by name
     generator  the one source of random numbers, on the CPU, so that a GPU run draws the same cameras; `index` (the
                place in the pipeline) keeps those of the stages apart
     share      of its views, where several processes share them; None: of all processes
@@ -95,7 +95,7 @@ class Stage(ABC):
     ):
         self.config, self.run, self.prior, self.device = config, run, prior, torch.device(device)
         self.index, self.step_done, self.seconds = index, 0, 0.0
-        self.seconds_before = 0.0 if previous is None else previous.seconds_before + previous.seconds
+        self.earlier: dict[str, tuple[int, float]] = {} if previous is None else previous.taken
         self.generator = torch.Generator().manual_seed(run.seed + 1000 * index)
         self.share = dealt(1)[1] if share is None else share
         self.build(previous)
@@ -151,6 +151,11 @@ class Stage(ABC):
     def progress(self) -> float:
         """Of this stage, in [0, 1]."""
         return self.step_done / self.config.steps
+
+    @property
+    def taken(self) -> dict[str, tuple[int, float]]:
+        """Steps and seconds so far, of the stages before and of this one, by name."""
+        return {**self.earlier, self.name: (self.step_done, self.seconds)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, to be restored exactly."""

@@ -121,7 +121,7 @@ def optimize(command: Command, jobs: Sequence[Job], options: RunOptions, out: Pa
                 for job in jobs:
                     try:
                         for watcher in watchers:
-                            watcher.begin(pipeline, job.prompt, options.steps, job.out)
+                            watcher.begin(pipeline, job.prompt, job.out)
                         outcome = command.run(pipeline, job, step, report)
                         if options.mp4 and first:
                             write_turntables(outcome, job.out)

@@ -333,7 +333,7 @@ struct Second {
       else
         std::memset(p.grad_grad_y, 0, size_t(p.points * levels * F) * sizeof(float));
       if (p.grad_x) std::memset(p.grad_x, 0, size_t(p.points * D) * sizeof(float));
-      if (p.grad_params && !p.accumulate)
+      if (p.grad_params)
         std::memset(p.grad_params, 0, size_t(p.layout.offsets[levels]) * F * sizeof(float));
       return;
     }
@@ -342,7 +342,7 @@ struct Second {
     else
       SecondPoints<D, F>::run(p);
     if (p.grad_params)
-      Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, nullptr, p.cotangent_x, p.grad_params, p.accumulate);
+      Scatter<D, F>::run(p.layout, p.x, p.points, p.grad_y, nullptr, p.cotangent_x, p.grad_params, false);
   }
 };
 

@@ -46,7 +46,7 @@ struct HashGridBackwardParams {
   int64_t points;
   int32_t dtype;
   HashGridLayout layout;
-  bool accumulate = false;     // for other kernels of a CPU: add to grad_params instead of writing it
+  bool accumulate = false;     // for hash_mlp on a CPU: add to grad_params instead of writing it
   auto fields() {
     return std::tie(x, table, grad_y, grad_jacobian, grad_x, grad_params, fixed, fixed_scale, points, dtype,
                     TEXT3D_HASH_GRID_LAYOUT(layout));
@@ -68,7 +68,6 @@ struct HashGridSecondParams {
   int64_t points;
   int32_t dtype;
   HashGridLayout layout;
-  bool accumulate = false;     // as above
   auto fields() {
     return std::tie(x, table, grad_y, cotangent_x, cotangent_params, grad_grad_y, grad_x, grad_params, fixed,
                     fixed_scale, points, dtype, TEXT3D_HASH_GRID_LAYOUT(layout));

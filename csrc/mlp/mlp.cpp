@@ -92,9 +92,7 @@ void mlp_second(const MLPSecondParams& p) {
       tile.tangent(panels, with_x, p.cotangent_weights);
       if (p.grad_grad_y) panels_to_rows(tile.output_tangents(), outputs, count, p.grad_grad_y + i * outputs, outputs);
       if (!p.grad_x && !p.grad_weights) return;
-      if (p.cotangent_y)
-        load_cotangents(p.cotangent_y + i * outputs, outputs, count, tile.output_cotangents_of_values());
-      const bool any = tile.backward_second(panels, p.grad_x != nullptr, p.cotangent_y, p.cotangent_weights);
+      const bool any = tile.backward_second(panels, p.grad_x != nullptr, false, p.cotangent_weights);
       if (p.grad_x && any)
         panels_to_rows(tile.input_gradients_of_values(), inputs, count, p.grad_x + i * inputs, inputs);
       if (p.grad_x && !any) std::memset(p.grad_x + i * inputs, 0, sizeof(float) * count * inputs);

@@ -65,7 +65,6 @@ struct MLPSecondParams {
   int64_t points;
   int32_t dtype;                   // CUDA, as above
   MLPLayout layout;
-  const float* cotangent_y = nullptr;  // for other kernels: [N, outputs], f_L: adds the gradients of <cotangent_y, y>
   auto fields() {
     return std::tie(cotangent_x, cotangent_weights, grad_y, x, weights, grad_grad_y, grad_x, grad_weights, partial,
                     blocks, points, dtype, TEXT3D_MLP_LAYOUT(layout));

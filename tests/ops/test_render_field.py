@@ -11,6 +11,7 @@ from text3d_fast.ops import FieldSpec, HashGridSpec, MLPSpec, PointLights
 from text3d_fast.reference.render_field import render_field as reference
 
 MODES = ("albedo", "lambertian", "textureless")
+on_a_cpu = pytest.mark.skipif(native.runs_cuda_source(torch.device("cpu")), reason="of the loops of a CPU")
 GRID = HashGridSpec(levels=4, features=2, log2_table_size=9, base_resolution=4, per_level_scale=1.6,
                     interpolation="smoothstep")
 FIELD = FieldSpec(GRID, MLPSpec(8, 4, 16), radius=1.2, sharpness=3.0, blob_scale=4.0)
@@ -89,6 +90,22 @@ def test_rounds(rays, device, generator):
     assert_same(got, want)
 
 
+@on_a_cpu
+def test_threads_do_not_change_results():
+    generator = torch.Generator().manual_seed(0)
+    inputs = make_inputs(FIELD, 700, generator, "cpu")
+    options = {"mode": "lambertian", "lights": make_lights(1, generator, "cpu")}
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 7):
+            torch.set_num_threads(count)
+            outputs, gradients = render(*inputs, FIELD, **options)
+            results.append((*outputs, *gradients))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
 @pytest.mark.parametrize("wanted", range(5))
 def test_one_cotangent_at_a_time(wanted, device, generator, poisoned_empty):
     inputs = make_inputs(FIELD, 20, generator, device)
@@ -154,6 +171,14 @@ def test_wrong_offsets_stay_in_bounds(device, generator):
         else:
             with pytest.raises(ValueError, match="samples.ray_offsets: expected to rise"):
                 render(*arguments)
+
+
+@on_a_cpu
+def test_positions_must_be_finite():
+    origins, *inputs = make_inputs(FIELD, 12, torch.Generator().manual_seed(0), "cpu")
+    origins[5, 1] = float("nan")
+    with pytest.raises(ValueError, match="samples: expected finite positions"):
+        ops.render_field(origins, *inputs, FIELD)
 
 
 def test_deterministic_algorithms(device, generator):

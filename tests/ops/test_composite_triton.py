@@ -1,22 +1,9 @@
 """The Triton twin of ops.composite on the cases of test_composite.py: in the interpreter, or on a GPU."""
 
-import os
-
 import pytest
 import test_composite as cases
-import torch
 
-from text3d_fast import use_backend
-
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
-                                reason="needs TRITON_INTERPRET=1 or a GPU")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    pytest.importorskip("triton")
-    with use_backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
 @pytest.mark.parametrize("early_stop", [0.0, 1e-2])

@@ -1,7 +1,5 @@
 """The Triton twin of ops.mlp on the cases of test_mlp.py, and what is made of it: in the interpreter, or on a GPU."""
 
-import os
-
 import pytest
 import test_hash_mlp as on_a_grid
 import test_mlp as cases
@@ -10,15 +8,7 @@ import torch
 
 from text3d_fast import use_backend
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
-                                reason="needs TRITON_INTERPRET=1 or a GPU")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    pytest.importorskip("triton")
-    with use_backend("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
 @pytest.mark.parametrize("spec", [*cases.SPECS[1:4], *cases.SPECS[5:]], ids=cases.name)

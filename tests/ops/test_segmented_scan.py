@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ KINDS = list(itertools.product(("sum", "product"), (False, True), (False, True))
 
 
 @pytest.fixture(params=[None, "triton"])
-def backend(request, device):
-    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1" and device.type != "cuda":
-        pytest.skip("needs TRITON_INTERPRET=1 or a GPU")
+def backend(request):
+    if request.param == "triton":
+        request.getfixturevalue("runs_triton")
     with use_backend(request.param):
         yield request.param
 

@@ -3,16 +3,13 @@
 The interpreter takes a second for what a GPU does in a microsecond, so each case is as small as its corner cases allow.
 """
 
-import os
-
 import pytest
 import torch
 
 from text3d_fast import nn, ops, use_backend
 from text3d_fast.ops.tet_grid import TetGrid
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
-                                reason="needs TRITON_INTERPRET=1 or a GPU")
+pytestmark = pytest.mark.usefixtures("runs_triton")
 
 
 @pytest.fixture

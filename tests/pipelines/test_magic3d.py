@@ -166,8 +166,33 @@ def test_editing_changes_what_the_prompt_changes(finished, tmp_path):
     torch.testing.assert_close(*sizes, atol=0.1, rtol=0)
     with pytest.raises(ValueError, match="steps: expected 1 to 12, 30% of the result's, got 13"):
         Edit(folder, "cpu", BlueBall()).run("a blue ball", 13)
-    with pytest.raises(OutputError):
+
+
+def test_what_cannot_be_edited_is_said(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(OutputError, match="nothing is no folder of a run: there is no .*config.yaml"):
         Edit(tmp_path / "nothing", "cpu", BlueBall())
+    with pytest.raises(ValueError, match="fine.size: that stage is done; settings of an edit begin with edit"):
+        Edit(folder, "cpu", BlueBall(), settings={"fine.size": 32})
+    Edit(folder, "cpu", BlueBall()).run("a blue ball", 1, out=tmp_path / "edit")
+    with pytest.raises(CheckpointError, match="edit holds a run of edit, not of magic3d"):
+        Edit(tmp_path / "edit", "cpu", BlueBall())
+
+    def interrupt(step, state):
+        if (state.stage.name, step) == ("fine", 5):
+            state.stop()
+
+    with pytest.raises(Interrupted):
+        pipeline().run("a ball", out=tmp_path / "half", callback=interrupt)
+    with pytest.raises(CheckpointError, match="half stopped at step 5 of 12 of the stage fine: finish it first"):
+        Edit(tmp_path / "half", "cpu", BlueBall()).run("a blue ball")
+
+
+def test_an_edit_goes_on_to_more_steps(finished, tmp_path):
+    folder, _ = finished
+    Edit(folder, "cpu", BlueBall()).run("a blue ball", 2, out=tmp_path / "edit")
+    longer = Edit(folder, "cpu", BlueBall()).run("a blue ball", 4, out=tmp_path / "edit", resume=True)
+    assert longer.metrics["steps"] == 4
 
 
 def test_coarse_defaults_are_the_papers():

@@ -50,8 +50,8 @@ class Progress:
         understood = pipeline.prior.canonical(prompt)
         self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")
         guidance = pipeline.about().get("guidance", {})
-        several = len(set(guidance.values())) > 1
-        models = ", ".join(f"{name} in {stage}" for stage, name in guidance.items()) if several else pipeline.model
+        others = set(guidance.values()) - {pipeline.prior.name}
+        models = ", ".join(f"{name} in {stage}" for stage, name in guidance.items()) if others else pipeline.model
         self.say(f"model {models}, on {pipeline.device}")
 
     def step(self, step: int, state: StepState) -> None:

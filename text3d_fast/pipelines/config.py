@@ -162,6 +162,7 @@ class Magic3DConfig(RunConfig):
 class EditConfig(Magic3DConfig):
     """A finished Magic3D run, continued with another prompt: its fine stage goes on as `edit`."""
 
+    pipeline: str = "edit"
     edit: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 

@@ -129,7 +129,10 @@ class Edit(Magic3D):
         settings: dict[str, Any] | None = None,
     ):
         self.folder = Path(folder)
-        saved = RunFolder(folder).saved_config(Magic3DConfig)
+        for name in settings or {}:
+            if name.startswith(("coarse.", "fine.")):
+                raise ValueError(f"{name}: that stage is done; settings of an edit begin with edit.")
+        saved = self.start_config(RunFolder(folder))
         self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps()))
         config = EditConfig.from_yaml(saved.to_yaml(), str(self.folder / CONFIG))
         config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
@@ -140,6 +143,9 @@ class Edit(Magic3D):
         })
         super().__init__(saved.model if prior is None else None, device, config, prior, settings,
                          saved.fine_model or None, fine_prior)
+
+    def start_config(self, folder: RunFolder) -> RunConfig:
+        return folder.saved_config(Magic3DConfig)
 
     def run(
         self,
@@ -155,7 +161,8 @@ class Edit(Magic3D):
             if not 1 <= steps <= self.most_steps:
                 raise ValueError(f"steps: expected 1 to {self.most_steps}, {EDIT_SHARE:.0%} of the result's, "
                                  f"got {steps}")
-            self.config = self.config.updated({"edit.steps": steps})
+            self.changes["edit.steps"] = steps
+            self.config = self.config.updated(self.changes)
         return super().run(prompt, None, self.config.seed, out, callback, resume, EditStage.name, self.folder, report)
 
     def about(self) -> dict[str, Any]:

@@ -149,13 +149,17 @@ class Pipeline:
         """The last of these stages as the run in `start` left it; each needs the one before it to be built. The folder
         `out` gets them too, so that it holds a whole run."""
         folder = RunFolder(start)
-        config, stage = distributed.from_first(lambda: folder.saved_config(self.config_type)), None
+        config, stage = distributed.from_first(lambda: self.start_config(folder)), None
         for kind in stages:
             stage = self._make(config, kind, stage)
             folder.restore_finished(stage)
             if out is not None:
                 out.keep_finished(stage)
         return stage
+
+    def start_config(self, folder: RunFolder) -> RunConfig:
+        """The configuration of a folder to begin after."""
+        return folder.saved_config(self.config_type)
 
     def _make(self, config: RunConfig, kind: type[Stage], previous: Stage | None) -> Stage:
         index = list(self.stages).index(kind)

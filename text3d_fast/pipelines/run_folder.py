@@ -193,13 +193,18 @@ class RunFolder:
                                           f"{there!r}; set it back, or choose another folder with --out")
 
     def saved_config(self, kind: type[Config]) -> Config:
-        """The configuration of the run in this folder."""
+        """The configuration of the run in this folder, which is to be one of this kind's pipeline."""
+        if not (self / CONFIG).is_file():
+            raise CheckpointError(f"{self.path} is no folder of a run: there is no {self / CONFIG}")
         try:
             text = (self / CONFIG).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read {self / CONFIG}: {getattr(error, 'strerror', '') or error}") from error
         if not text.endswith(END):
             raise CheckpointError(f"{self / CONFIG} is damaged: its end is missing")
+        made_by = re.search(r"^pipeline: *(\w+) *$", text, re.MULTILINE)
+        if made_by is not None and made_by[1] != kind.pipeline:
+            raise CheckpointError(f"{self.path} holds a run of {made_by[1]}, not of {kind.pipeline}")
         return kind.from_yaml(text, str(self / CONFIG))
 
     def discard(self) -> None:
@@ -219,6 +224,9 @@ class RunFolder:
         own = self / f"{stage.name}.safetensors"
         found = distributed.from_first(
             lambda: self._read(own if own.is_file() else self / CHECKPOINT, [stage.name]))
+        if found.step < stage.config.steps:
+            raise CheckpointError(f"{self.path} stopped at step {found.step} of {stage.config.steps} of the stage "
+                                  f"{stage.name}: finish it first, with --resume")
         stage.restore(found.tensors, found.step, found.seconds)
 
     def keep_finished(self, stage: Stage) -> None:

@@ -47,7 +47,7 @@ class Playground:
     """count pictures of a prompt by any method, each from noise of its own.
 
     count, steps   pictures, and steps of the losses; sampling_steps  of the sampler
-    rate           of Adam on x, whose range is about -1..1; the authors take 0.03 for 500 steps
+    rate           of Adam on x, whose range is about -1..1, falling to 0; the authors take 0.03 for 500 steps
     score_rate     of the second score of VSD
     report         called with (what, steps done, steps in all) of one set of pictures
     """
@@ -57,7 +57,7 @@ class Playground:
     count: int = 4
     steps: int = 80
     sampling_steps: int = 25
-    rate: float = 0.05
+    rate: float = 0.1
     score_rate: float = 1e-3
     seed: int = 0
     report: Report | None = field(default=None, repr=False)
@@ -102,12 +102,13 @@ class Playground:
 
     def _distill(self, x: Tensor, loss: DistillationLoss, generator: torch.Generator, what: str) -> Tensor:
         x = (0.5 * x).requires_grad_()
-        optimizer = torch.optim.Adam([x], self.rate, betas=(0.9, 0.99))
+        # pixels have no smoothness of their own: long means and a rate that falls to 0 keep the noise of draws out
+        optimizer = torch.optim.Adam([x], self.rate, betas=(0.95, 0.99))
         learned = getattr(loss, "score", None)
         exact = isinstance(learned, ParticleScore)
         for step in range(self.steps):
             progress = step / self.steps
-            optimizer.param_groups[0]["lr"] = self.rate * (1 - 0.9 * progress)
+            optimizer.param_groups[0]["lr"] = self.rate * (1 - progress)
             if exact:
                 loss.train_score_encoded(x, self.conditions, generator)
             optimizer.zero_grad(set_to_none=True)

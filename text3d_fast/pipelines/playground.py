@@ -39,15 +39,16 @@ METHODS: dict[str, tuple[str, float]] = {
 }
 GRID_METHODS = ("ancestral", "sds", "vsd")
 GRID_WEIGHTS = (1.0, 3.0, 7.5, 30.0, 100.0)
+CLIP = 0.3  # of the root mean square of a picture's gradient: guidance of 99 would throw it about
 Report = Callable[[str, int, int], Any]
 
 
 @dataclass
 class Playground:
-    """count pictures of a prompt by any method, each from noise of its own.
+    """count pictures of a prompt by any method: sampled from noise, or distilled from one plain colour each.
 
     count, steps   pictures, and steps of the losses; sampling_steps  of the sampler
-    rate           of Adam on x, whose range is about -1..1, falling to 0; the authors take 0.03 for 500 steps
+    rate           of descent on x, whose range is about -1..1, falling to 0
     score_rate     of the second score of VSD
     report         called with (what, steps done, steps in all) of one set of pictures
     """
@@ -57,8 +58,8 @@ class Playground:
     count: int = 4
     steps: int = 80
     sampling_steps: int = 25
-    rate: float = 0.1
-    score_rate: float = 1e-3
+    rate: float = 0.4
+    score_rate: float = 2e-3
     seed: int = 0
     report: Report | None = field(default=None, repr=False)
 
@@ -79,10 +80,10 @@ class Playground:
         generator = torch.Generator().manual_seed(self.seed)
         device = getattr(self.prior, "device", torch.device("cpu"))
         size = self.prior.image_size
-        shape = self.prior.encode(torch.zeros(1, size, size, 3, device=device)).shape[1:]
-        x = torch.randn(self.count, *shape, generator=generator).to(device)
+        colors = (0.5 + 0.15 * torch.randn(self.count, 1, 1, 3, generator=generator)).clamp(0, 1).to(device)
+        x = self.prior.encode(colors.expand(-1, size, size, -1))
         what = f"{METHODS[method][0]}, w = {weight:g}"
-        x = (self._sample(x, weight, what) if method == "ancestral"
+        x = (self._sample(torch.randn(x.shape, generator=generator).to(x), weight, what) if method == "ancestral"
              else self._distill(x, self._loss(method, weight), generator, what))
         return self.prior.decode(x).clamp(0, 1).cpu()
 
@@ -101,9 +102,10 @@ class Playground:
         return x
 
     def _distill(self, x: Tensor, loss: DistillationLoss, generator: torch.Generator, what: str) -> Tensor:
-        x = (0.5 * x).requires_grad_()
-        # pixels have no smoothness of their own: long means and a rate that falls to 0 keep the noise of draws out
-        optimizer = torch.optim.Adam([x], self.rate, betas=(0.95, 0.99))
+        # Pixels have no smoothness of their own, and differences of two scores take no noise out of them: so none to
+        # begin with, and no Adam, whose steps are as long where the gradient is nothing but noise
+        x = x.clone().requires_grad_()
+        optimizer = torch.optim.SGD([x], self.rate, momentum=0.8, dampening=0.2)
         learned = getattr(loss, "score", None)
         exact = isinstance(learned, ParticleScore)
         for step in range(self.steps):
@@ -111,9 +113,10 @@ class Playground:
             optimizer.param_groups[0]["lr"] = self.rate * (1 - progress)
             if exact:
                 loss.train_score_encoded(x, self.conditions, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.from_encoded(x, self.conditions, progress, generator).loss.backward()
+            x.grad = loss.from_encoded(x, self.conditions, progress, generator).gradient
             optimizer.step()
+            if self.prior.kind != "latent":
+                x.data.clamp_(-1, 1)
             if learned is not None and not exact:
                 loss.train_score_encoded(x, self.conditions, generator)
             self._tell(what, step + 1, self.steps)
@@ -125,9 +128,9 @@ class Playground:
         if method == "vsd":
             network = getattr(self.prior, "unet", None) is not None
             score = LoraPrior(self.prior, seed=self.seed) if network else ParticleScore(self.prior.schedule)
-            return kind(self.prior, score, weight, time_range=times, score_rate=self.score_rate)
+            return kind(self.prior, score, weight, time_range=times, clip=CLIP, score_rate=self.score_rate)
         further = {"source": self.source} if method == "bridge" else {}
-        return kind(self.prior, weight, time_range=times, **further)
+        return kind(self.prior, weight, time_range=times, clip=CLIP, **further)
 
     def _tell(self, what: str, step: int, steps: int) -> None:
         if self.report is not None:

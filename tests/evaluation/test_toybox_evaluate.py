@@ -93,7 +93,7 @@ def test_the_command_chooses_methods_prompts_and_seeds(small, tmp_path, monkeypa
         asked.append((method.name, prompt, seed, steps))
         raise EmptyMesh("the mesh is empty")
 
-    monkeypatch.setattr(evaluate, "dreamfusion", lambda device: make)
+    monkeypatch.setattr(evaluate, "dreamfusion", lambda *_: make)
     options = ["--model", "analytic", "--camera-only", "--prompts", "a red mug", "--seeds", "3", "5", "--steps", "7"]
     assert main(["evaluate", *options, "--out", str(tmp_path)]) == 0
     assert asked == [(evaluate.REFERENCE, "a red mug", seed, 7) for seed in (3, 5)]
@@ -128,6 +128,25 @@ def test_the_pipeline_goes_on_from_a_checkpoint_and_from_nothing_else(tmp_path, 
         ("a red mug", 70, 4, True, True),
     ]
     assert ticks == [(1, 70), (1, 70)]
+
+
+def test_settings_of_a_model_are_not_those_of_the_reference(tmp_path, monkeypatch):
+    asked = {}
+
+    class Pipeline:
+        def __init__(self, model, device, settings):
+            asked[model] = settings
+            self.config = SimpleNamespace(steps=1)
+
+        def run(self, *_):
+            raise EmptyMesh("the mesh is empty")
+
+    monkeypatch.setattr("text3d_fast.pipelines.DreamFusion", Pipeline)
+    words = ["evaluate", "--model", "folder/of/a/model", "--camera-only", "--prompts", "a red mug", "--seeds", "0",
+             "--out", str(tmp_path), "--set"]
+    assert main([*words, "prior.dtype=bfloat16"]) == 0
+    assert asked == {"analytic": {"guidance.camera": True},
+                     "folder/of/a/model": {"guidance.camera": True, "prior.dtype": "bfloat16"}}
 
 
 def test_default_methods():

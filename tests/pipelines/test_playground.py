@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from text3d_fast.app.cli import main
+from text3d_fast.errors import ModelError
 from text3d_fast.guidance import NoiseSchedule, Prior, register_prior
 from text3d_fast.pipelines import playground
 from text3d_fast.pipelines.playground import Playground
@@ -75,3 +76,16 @@ def test_the_command_writes_pictures_and_the_table(tmp_path, capsys):
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
     assert "ancestral" in capsys.readouterr().err
     assert main([*words, "--count", "0", "--out", str(tmp_path / "other")]) == 2
+
+
+def test_the_model_is_loaded_as_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    def load(model, device, options):
+        raise ModelError(f"dtype {options.dtype}, lora {options.lora}")
+
+    monkeypatch.setattr("text3d_fast.guidance.load_prior", load)
+    words = ["playground", "a thing", "--out", str(tmp_path / "out"), "--set"]
+    assert main([*words, "prior.dtype=bfloat16", "prior.lora=[a.safetensors]"]) != 0
+    assert "dtype bfloat16, lora ('a.safetensors',)" in capsys.readouterr().err
+    for command in (words, ["evaluate", "--set"]):
+        assert main([*command, "guidance.weight=3"]) == 2
+        assert "--set guidance.weight: only prior.*" in capsys.readouterr().err

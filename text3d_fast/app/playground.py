@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from text3d_fast.app.commands.playground import Playground
 
 
-def compare(options: Playground, out: Path) -> list[playground.Cell]:
-    """Make the pictures, with progress, write them and print the table. Raises ValueError, ModelError, OutputError."""
+def compare(options: Playground, out: Path, settings: dict[str, Any]) -> list[playground.Cell]:
+    """Make the pictures, with progress, write them and print the table. Raises ValueError, ModelError, OutputError.
+
+    settings: prior.*
+    """
     from text3d_fast.guidance import load_prior
+    from text3d_fast.pipelines.config import RunConfig
     from text3d_fast.pipelines.pipeline import choose_device
 
     console = Console(stderr=True, quiet=options.quiet)
-    prior = load_prior(options.model, choose_device(options.device))
+    prior = load_prior(options.model, choose_device(options.device), RunConfig().updated(settings).prior)
     if prior.kind == "latent":
         raise ModelError(f"--model {prior.name}: its pictures are behind a decoder, which is not loaded; use the "
                          f"built-in model or one that works on pixels")

@@ -94,15 +94,19 @@ def magic3d_methods(model: str | None = None) -> list[Method]:
 Make = Callable[[Method, str, int, "int | None", Path, Callable[[int, int], Any]], tuple[Any, dict]]
 
 
-def dreamfusion(device: str = "auto") -> Make:
-    """Makes meshes with the DreamFusion pipeline; pipelines are kept for the next prompt."""
+def dreamfusion(device: str = "auto", model: str | None = None, settings: dict[str, Any] | None = None) -> Make:
+    """Makes meshes with the DreamFusion pipeline; pipelines are kept for the next prompt.
+
+    settings: of the methods whose prior is `model` (None: the learned Toybox one), not of those beside it
+    """
     from text3d_fast.pipelines import DreamFusion
 
     kept: dict[Method, DreamFusion] = {}
 
     def make(method, prompt, seed, steps, folder, tick) -> tuple[Any, dict]:
         if method not in kept:
-            kept[method] = DreamFusion(method.model, device, settings={"guidance.camera": method.camera})
+            own = (settings or {}) if method.model == (model or "toybox") else {}
+            kept[method] = DreamFusion(method.model, device, settings={"guidance.camera": method.camera, **own})
         pipeline = kept[method]
         total = steps or pipeline.config.steps
         resume = (folder / "checkpoint.safetensors").is_file()
@@ -412,17 +416,17 @@ def _write_csv(path: Path, records: Sequence[dict]) -> None:
             writer.writerow([*own, *values, record["retrieval_rank"], janus, record["seconds"]])
 
 
-def main(options: Any) -> int:
-    """The command: options are those of `app.commands.evaluate.Evaluate`. Returns the exit status."""
+def main(options: Any, settings: dict[str, Any] | None = None) -> int:
+    """The command: options are those of `app.commands.evaluate.Evaluate`, settings prior.*. Returns the exit status."""
     from rich.console import Console
 
     from text3d_fast.errors import OutputError
 
-    make = None
     if options.pipeline == "magic3d":
-        methods, make = magic3d_methods(options.model), magic3d(options.device)
+        methods, make = magic3d_methods(options.model), magic3d(options.device, settings)
     else:
         methods = default_methods(options.model, options.quick)
+        make = dreamfusion(options.device, options.model, settings)
     if options.camera_only:
         methods = [method for method in methods if method.camera]
     try:
@@ -430,7 +434,7 @@ def main(options: Any) -> int:
             from text3d_fast.evaluation import variational
 
             result = variational.run(options.out, options.model, options.prompts, options.particles, options.steps,
-                                     options.quick, options.device)
+                                     options.quick, options.device, settings)
         else:
             result = run(options.out, methods=methods, prompts=options.prompts, seeds=options.seeds,
                          steps=options.steps, quick=options.quick, device=options.device, make=make)

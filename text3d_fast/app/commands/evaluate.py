@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from text3d_fast.app.commands.outcome import fail
+from text3d_fast.app.commands.runs import model_settings
 
 
 @dataclass
@@ -28,6 +29,9 @@ class Evaluate:
     beside SDS, several results of a prompt by each: quality, saturation, and diversity against the world's own."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The prior to measure beside the analytic one; as for generate, by default "toybox"."""
+    set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
+    """How MODEL is loaded, as for generate: prior.lora, prior.dtype, prior.prediction and so on. What OUT holds already
+    is not made again with other ones."""
     camera_only: bool = False
     """Leave out the runs that tell the prior the view in words only."""
     prompts: Annotated[tuple[str, ...], arg(metavar="PROMPT ...")] = ()
@@ -49,7 +53,11 @@ class Evaluate:
         if particles and (self.seeds or self.camera_only):
             return fail("--seeds, --camera-only: not with --pipeline prolificdreamer, which takes --particles")
         try:
+            settings = model_settings(self.set)
+        except ValueError as error:
+            return fail(str(error))
+        try:
             from text3d_fast.evaluation import suite
         except ImportError:
             return fail("this copy of the package has no evaluation suite")
-        return suite.main(self) or 0
+        return suite.main(self, settings) or 0

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from text3d_fast.app.commands.outcome import fail
-from text3d_fast.app.commands.runs import default_folder
+from text3d_fast.app.commands.runs import default_folder, model_settings
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Playground:
     """What the pictures show."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The image prior, as for generate; latent models are refused (their decoder is not kept)."""
+    set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
+    """How the model is loaded, as for generate: prior.lora, prior.dtype, prior.prediction and so on."""
     count: int = 4
     """Pictures by each method."""
     steps: int = 80
@@ -49,7 +51,7 @@ class Playground:
 
         out = self.out or default_folder(f"playground {self.prompt}", False)
         try:
-            comparing.compare(self, out)
+            comparing.compare(self, out, model_settings(self.set))
         except (OutputError, ValueError) as error:
             return fail(str(error))
         return 0

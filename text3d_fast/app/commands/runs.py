@@ -213,6 +213,16 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise ValueError(f"--set {name}: cannot read the value {value!r}") from None
 
 
+def model_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """The settings `prior.*` of a command that has no others. ValueError for those."""
+    settings = dict(parse_setting(text) for text in texts)
+    for name in settings:
+        if not name.startswith("prior."):
+            raise ValueError(f"--set {name}: only prior.* can be set here, how the model is loaded; "
+                             f"generate --help-settings lists them")
+    return settings
+
+
 def slug(text: str) -> str:
     """A name for a folder: "A red Mug!" is a-red-mug."""
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60] or "run"

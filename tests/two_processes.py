@@ -60,6 +60,8 @@ def command(what: str, folder: Path) -> int:
     from text3d_fast.app import cli
     from text3d_fast.pipelines import pipeline
 
+    first = os.environ["RANK"] == "0"
+
     def step(self, plain=ParticleStage.step):
         state, number = plain(self), self.step_done + 1
         if number < 3:
@@ -77,10 +79,15 @@ def command(what: str, folder: Path) -> int:
             time.sleep(0.5)
         return state
 
+    arguments = words(folder)
+    if what == "go on":
+        arguments = [*words(folder if first else folder.with_name(folder.name + " elsewhere")), "--resume"]
+    elif what == "differ" and not first:
+        arguments += ["--seed", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "load_prior", lambda *_: RedBall())
         patch.setattr(ParticleStage, "step", step)
-        return cli.main(words(folder))
+        return cli.main(arguments)
 
 
 def words(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,11 @@ def whole(tmp_path_factory):
 def check_that_one_process_goes_on(folder: Path, whole: dict) -> None:
     """From the checkpoint in a folder to the result of the unbroken run."""
     assert cli.main([*two_processes.words(folder), "--resume"]) == 0
+    check_is(folder, whole)
+
+
+def check_is(folder: Path, whole: dict) -> None:
+    """The checkpoint in a folder is that of the unbroken run."""
     tensors, about = load_state(folder / "checkpoint.safetensors")
     assert about["stage"] == "texturing" and tensors.keys() == whole.keys()
     for name, value in whole.items():
@@ -106,7 +112,19 @@ def test_ctrl_c_saves_in_two_processes(tmp_path, whole):
     done = torchrun("stop", tmp_path / "run")
     assert done.returncode != 0 and done.stderr.count("Stopped after step 3") == 1, done.stderr
     assert load_state(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 3
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
     check_that_one_process_goes_on(tmp_path / "run", whole)
+    done = torchrun("go on", tmp_path / "copy")  # where the second process has no folder
+    assert done.returncode == 0, done.stderr
+    check_is(tmp_path / "copy", whole)
+    assert not (tmp_path / "copy elsewhere").exists()
+
+
+def test_nothing_to_resume_is_said_once(tmp_path):
+    done = torchrun("go on", tmp_path / "run")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and len(said) == 1 and "nothing to resume: there is no" in said[0], done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -138,6 +156,34 @@ def test_what_can_not_be_dealt_is_refused(job):
     job(0, 3)
     with pytest.raises(ValueError, match="particles: expected at least 3, .* got 2"):
         ProlificDreamer(prior=RedBall(), device="cpu", settings=PARTICLES).run("a ball")
+
+
+def test_each_step_one_is_refused_before_the_first_stage(job):
+    job(0, 2)
+    settings = PARTICLES | {"texturing.score.kind": "lora", "texturing.each_step": "one"}
+    with pytest.raises(ValueError, match="^texturing.each_step: expected all with 2 processes, got one"):
+        ProlificDreamer(prior=RedBall(), device="cpu", settings=settings).run("a ball")
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"seed": 3}, "^seed: expected the same in all 2 processes, got 0 in process 0 and 3 in process 1$"),
+    ({"vsd.steps": 9}, "^vsd.steps: expected the same in all 2 processes"),
+    ({"out, whether there is one,": True}, "^out, whether there is one,: .* got False in process 0 and True"),
+    ({"fine.steps": 9}, "^fine.steps: .* got missing in process 0 and 9 in process 1$"),
+])
+def test_processes_with_different_settings_are_refused(job, monkeypatch, other, message):
+    job(0, 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value | other])
+    with pytest.raises(ValueError, match=message):
+        ProlificDreamer(prior=RedBall(), device="cpu", settings=PARTICLES).run("a ball")
+
+
+def test_two_processes_with_different_settings_end_with_one_sentence(tmp_path):
+    done = torchrun("differ", tmp_path / "run")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode != 0 and said == [
+        "error: seed: expected the same in all 2 processes, got 0 in process 0 and 1 in process 1"], done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_generate_and_edit_are_done_by_several(monkeypatch, capsys):

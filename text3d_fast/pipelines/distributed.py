@@ -261,6 +261,17 @@ def dealt(particles: int) -> tuple[list[int], Share]:
     return numbers, Share(index, each, _job.groups[each])
 
 
+def check_alike(settings: dict[str, Any]) -> None:
+    """ValueError in every process if one has another value than the first. To be called by all processes at once."""
+    first, *others = gather(settings)
+    for rank, other in enumerate(others, 1):
+        for name in [*first, *(name for name in other if name not in first)]:
+            there, here = (repr(one[name]) if name in one else "missing" for one in (first, other))
+            if there != here:
+                raise ValueError(f"{name}: expected the same in all {size()} processes, got {there} in process 0 and "
+                                 f"{here} in process {rank}")
+
+
 def check_batches(particles: int, batches: Sequence[tuple[str, int]], views: Sequence[int]) -> None:
     """ValueError, before anything is done, if the views of a stage can't be shared.
 

@@ -196,9 +196,6 @@ class VariationalStage(ParticleStage):
 
     def _share_score(self, distill: VariationalScoreDistillation) -> None:
         """Every process trains the score on its own pictures; its gradient is made that of the mean over all."""
-        if self.config.each_step == "one":
-            raise ValueError(f"each_step: expected all with {distributed.size()} processes, got one, with which all "
-                             f"but one of them would wait")
         if distill.score.module is not None:
             parameters = list(distill.score.module.parameters())
             part = len(self.particles) / (self.alive * self.share.count)

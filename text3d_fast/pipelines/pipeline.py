@@ -12,13 +12,17 @@ import torch
 
 from text3d_fast.errors import ModelWarning
 from text3d_fast.guidance import Prior, load_prior
+from text3d_fast.guidance.models.options import HARMLESS
 from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import RunConfig
 from text3d_fast.pipelines.recipes import Recipe, recipe, volume_recipe
 from text3d_fast.pipelines.results import Report, Result, finish
 from text3d_fast.pipelines.run_folder import RunFolder
+from text3d_fast.pipelines.settings import names_of, value_of
 from text3d_fast.pipelines.stage import Stage
 from text3d_fast.pipelines.trainer import Callback, Trainer
+
+MACHINES_OWN = ("threads", *(f"prior.{name}" for name in HARMLESS))  # settings that may differ between processes
 
 
 class Pipeline:
@@ -106,9 +110,12 @@ class Pipeline:
         if steps is not None:
             config = config.with_steps(steps)
         before, chosen = self._chosen(stage, start)
-        distributed.check_batches(getattr(config, "particles", 1), [
-            ("batch" if config.stage(kind.name) is config else f"{kind.name}.batch", config.stage(kind.name).batch)
-            for kind in chosen], [self.stage_prior(kind).views for kind in chosen])
+        self.check_processes(config, chosen)
+        distributed.check_alike({
+            **{name: value_of(config, name) for name in names_of(config) if name not in MACHINES_OWN},
+            "stage": stage, "resume": resume, "start, whether there is one,": start is not None,
+            "out, whether there is one,": out is not None,
+        })
         self._foretell(config, chosen)
         folder = None if out is None else RunFolder(out)
         if folder is not None:
@@ -125,6 +132,12 @@ class Pipeline:
         finally:
             if folder is not None:
                 folder.close()
+
+    def check_processes(self, config: RunConfig, stages: Sequence[type[Stage]]) -> None:
+        """ValueError, before anything is done, if several processes can't do these stages together."""
+        distributed.check_batches(getattr(config, "particles", 1), [
+            ("batch" if config.stage(kind.name) is config else f"{kind.name}.batch", config.stage(kind.name).batch)
+            for kind in stages], [self.stage_prior(kind).views for kind in stages])
 
     def _foretell(self, config: RunConfig, stages: Sequence[type[Stage]]) -> None:
         """Warn of a run that will take hours, before it begins."""

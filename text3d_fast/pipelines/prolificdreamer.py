@@ -7,6 +7,7 @@ under SDS on normal maps, texture left out. Stage 3: its texture under VSD, geom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from text3d_fast.geometry import Mesh
 from text3d_fast.guidance import DistillationLoss
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import ProlificDreamerConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.particles import ParticleStage, VariationalStage
@@ -105,6 +107,14 @@ class ProlificDreamer(Pipeline):
         surface = surface_recipe(self.prior)
         return {"vsd": particle_recipe(self.prior, volume_recipe(self.prior)), "geometry": surface,
                 "texturing": particle_recipe(self.prior, surface)}
+
+    def check_processes(self, config: ProlificDreamerConfig, stages: Sequence[type[Stage]]) -> None:
+        """See Pipeline."""
+        super().check_processes(config, stages)
+        for kind in stages:
+            if distributed.size() > 1 and getattr(config.stage(kind.name), "each_step", "all") == "one":
+                raise ValueError(f"{kind.name}.each_step: expected all with {distributed.size()} processes, got one, "
+                                 f"with which all but one of them would wait")
 
     def default_config(self) -> ProlificDreamerConfig:
         settings = {f"{name}.{setting}": value for name, recipe in self.recipes().items()

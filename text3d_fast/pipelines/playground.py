@@ -104,7 +104,7 @@ class Playground:
     def _distill(self, x: Tensor, loss: DistillationLoss, generator: torch.Generator, what: str) -> Tensor:
         # Pixels have no smoothness of their own, and differences of two scores take no noise out of them: so none to
         # begin with, and no Adam, whose steps are as long where the gradient is nothing but noise
-        x = x.clone().requires_grad_()
+        x = x.clone()
         optimizer = torch.optim.SGD([x], self.rate, momentum=0.8, dampening=0.2)
         learned = getattr(loss, "score", None)
         exact = isinstance(learned, ParticleScore)
@@ -116,11 +116,11 @@ class Playground:
             x.grad = loss.from_encoded(x, self.conditions, progress, generator).gradient
             optimizer.step()
             if self.prior.kind != "latent":
-                x.data.clamp_(-1, 1)
+                x.clamp_(-1, 1)
             if learned is not None and not exact:
                 loss.train_score_encoded(x, self.conditions, generator)
             self._tell(what, step + 1, self.steps)
-        return x.detach()
+        return x
 
     def _loss(self, method: str, weight: float) -> DistillationLoss:
         times = TimeRange(0.02, 0.98, final_high=0.5, kind="step", end=0.5)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from red_ball import TINY, RedBall
 
-from text3d_fast.errors import CheckpointError, EmptyMesh, Interrupted, OutputError
+from text3d_fast.errors import CheckpointError, EmptyMesh, Interrupted, ModelWarning, OutputError
 from text3d_fast.pipelines import Magic3D, Magic3DConfig
-from text3d_fast.pipelines.magic3d import Edit
+from text3d_fast.pipelines.checkpoint import load_state
+from text3d_fast.pipelines.magic3d import Edit, FineStage
 from text3d_fast.pipelines.mesh_stage import remove_loose_parts
 from text3d_fast.scene.cameras import Cameras
 
@@ -174,9 +175,9 @@ def test_what_cannot_be_edited_is_said(finished, tmp_path):
         Edit(tmp_path / "nothing", "cpu", BlueBall())
     with pytest.raises(ValueError, match="fine.size: that stage is done; settings of an edit begin with edit"):
         Edit(folder, "cpu", BlueBall(), settings={"fine.size": 32})
-    Edit(folder, "cpu", BlueBall()).run("a blue ball", 1, out=tmp_path / "edit")
-    with pytest.raises(CheckpointError, match="edit holds a run of edit, not of magic3d"):
-        Edit(tmp_path / "edit", "cpu", BlueBall())
+    pipeline().run("a ball", out=tmp_path / "coarse", stage="coarse")
+    with pytest.raises(CheckpointError, match="coarse has not come to the stage fine, only to coarse: go on with"):
+        Edit(tmp_path / "coarse", "cpu", BlueBall()).run("a blue ball")
 
     def interrupt(step, state):
         if (state.stage.name, step) == ("fine", 5):
@@ -186,6 +187,46 @@ def test_what_cannot_be_edited_is_said(finished, tmp_path):
         pipeline().run("a ball", out=tmp_path / "half", callback=interrupt)
     with pytest.raises(CheckpointError, match="half stopped at step 5 of 12 of the stage fine: finish it first"):
         Edit(tmp_path / "half", "cpu", BlueBall()).run("a blue ball")
+
+
+def test_an_edit_of_an_edit_begins_where_that_ended(finished, tmp_path):
+    folder, _ = finished
+    Edit(folder, "cpu", BlueBall()).run("a blue ball", out=tmp_path / "blue")
+    for name, start in (("again", "blue"), ("third", "again")):
+        seen = []
+        again = Edit(tmp_path / start, "cpu", BlueBall())
+        result = again.run("a blue ball", 1, tmp_path / name, lambda step, state, seen=seen: seen.append(state))
+        before = load_state(tmp_path / start / "checkpoint.safetensors")[0]
+        moved = (seen[0].stage.scene.tets.sdf - before["scene/tets.sdf"]).abs().max()
+        assert 0 < moved < 3 * again.config.edit.optimizer.sdf * seen[0].stage.scene.tets.spacing
+        assert result.metrics["steps"] == 1 and again.most_steps == 12
+        assert again.config.edit.optimizer == Edit(folder, "cpu", BlueBall()).config.edit.optimizer  # not 25 times
+
+
+def test_a_start_for_another_prompt_is_said(finished, tmp_path):
+    pipeline().run("a ball", out=tmp_path / "coarse", stage="coarse")
+    with pytest.warns(ModelWarning, match="coarse was made for 'a ball'; the stages after it are asked for 'a cube'"):
+        pipeline().run("a cube", start=tmp_path / "coarse")
+
+
+def test_steps_are_those_of_the_stages_that_run(finished, tmp_path):
+    coarse = pipeline().run("a ball", 10, out=tmp_path / "coarse", stage="coarse")
+    assert coarse.metrics["steps"] == 10
+    fine = pipeline().run("a ball", 3, out=tmp_path / "fine", start=tmp_path / "coarse", stage="fine")
+    assert {name: stage["steps"] for name, stage in fine.metrics["stages"].items()} == {"coarse": 10, "fine": 3}
+    longer = pipeline().run("a ball", 5, out=tmp_path / "fine", start=tmp_path / "coarse", stage="fine", resume=True)
+    assert longer.metrics["stages"]["fine"]["steps"] == 5
+
+
+def test_ctrl_c_between_the_stages_loses_nothing(finished, tmp_path, monkeypatch):
+    def interrupt(self, previous):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FineStage, "build", interrupt)
+        pipeline().run("a ball", out=tmp_path / "run")
+    resumed = pipeline().run("a ball", out=tmp_path / "run", resume=True)
+    torch.testing.assert_close(resumed.mesh.vertices, finished[1].mesh.vertices, rtol=0, atol=0)
 
 
 def test_an_edit_goes_on_to_more_steps(finished, tmp_path):

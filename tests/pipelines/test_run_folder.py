@@ -85,7 +85,7 @@ def test_a_finished_run_goes_on_to_more_steps_but_not_to_fewer(tmp_path):
 def test_further_steps_go_to_the_stages_that_are_left():
     config = Magic3DConfig().updated({"coarse.steps": 60, "fine.steps": 40})
     assert (config.with_steps(200).coarse.steps, config.with_steps(200).fine.steps) == (120, 80)
-    longer = config.with_steps(200, begun="fine")
+    longer = config.with_steps(140, ["fine"])
     assert (longer.coarse.steps, longer.fine.steps) == (60, 140)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,24 +77,21 @@ class RunConfig:
         """The settings of a stage: a group of that name, or, in a pipeline of one stage, these."""
         return getattr(self, name, self)
 
-    def with_steps(self, steps: int, begun: str | None = None) -> Self:
-        """A copy that takes `steps` steps in all, divided among the stages in proportion.
+    def with_steps(self, steps: int, stages: Sequence[str] | None = None) -> Self:
+        """A copy in which these stages (None: all) take `steps` steps together, divided in proportion."""
+        names = self.stage_names() if stages is None else stages
+        total = self.total_steps(names)
+        shares = {f"{name}.steps": max(1, round(steps * self.stage(name).steps / total)) for name in names}
+        return self.updated(shares or {"steps": steps})
 
-        begun: the stage that a run is in; those before it have taken theirs, so the change is divided among the rest
-        """
-        stages = [entry.name for entry in dataclasses.fields(self) if hasattr(getattr(self, entry.name), "steps")]
-        if not stages:
-            return self.updated({"steps": steps})
-        free = stages[stages.index(begun):] if begun in stages else stages
-        fixed = sum(getattr(self, name).steps for name in stages if name not in free)
-        total = sum(getattr(self, name).steps for name in free)
-        return self.updated({f"{name}.steps": max(1, round((steps - fixed) * getattr(self, name).steps / total))
-                             for name in free})
+    def total_steps(self, stages: Sequence[str] | None = None) -> int:
+        """Of these stages; None: of all."""
+        names = self.stage_names() if stages is None else stages
+        return sum(self.stage(name).steps for name in names) if names else getattr(self, "steps", 0)
 
-    def total_steps(self) -> int:
-        """Of all stages."""
-        groups = [getattr(self, entry.name) for entry in dataclasses.fields(self)]
-        return sum(group.steps for group in groups if hasattr(group, "steps")) or getattr(self, "steps", 0)
+    def stage_names(self) -> list[str]:
+        """Of the groups that are stages, in order; none in a pipeline of one stage."""
+        return [entry.name for entry in dataclasses.fields(self) if hasattr(getattr(self, entry.name), "steps")]
 
     def to_yaml(self) -> str:
         import yaml

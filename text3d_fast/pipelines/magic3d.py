@@ -7,11 +7,13 @@ lengths or of parts of the picture. Editing (section 5): a finished result goes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from text3d_fast.guidance import Prior, load_prior, registered_priors
 from text3d_fast.guidance.registry import DEFAULT_FINE
+from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import EditConfig, Magic3DConfig, RunConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.pipeline import Pipeline
@@ -109,7 +111,7 @@ class Edit(Magic3D):
     """Magic3D's prompt-based editing: a finished result goes on with a changed prompt, and what that does not change
     stays.
 
-    folder   of a finished Magic3D result, whose own settings, priors and seed hold
+    folder   of a finished result of Magic3D or of an edit, whose own settings, priors and seed hold
     prior, fine_prior   own ones, if the result was made with own ones
     settings of the stage: {"edit.size": 128}
 
@@ -133,7 +135,7 @@ class Edit(Magic3D):
             if name.startswith(("coarse.", "fine.")):
                 raise ValueError(f"{name}: that stage is done; settings of an edit begin with edit.")
         saved = self.start_config(RunFolder(folder))
-        self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps()))
+        self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps([CoarseStage.name, FineStage.name])))
         config = EditConfig.from_yaml(saved.to_yaml(), str(self.folder / CONFIG))
         config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
         rates = config.edit.optimizer
@@ -144,8 +146,19 @@ class Edit(Magic3D):
         super().__init__(saved.model if prior is None else None, device, config, prior, settings,
                          saved.fine_model or None, fine_prior)
 
-    def start_config(self, folder: RunFolder) -> RunConfig:
-        return folder.saved_config(Magic3DConfig)
+    def start_config(self, folder: RunFolder, prompt: str = "") -> RunConfig:
+        return folder.saved_config(Magic3DConfig, EditConfig)
+
+    def _finished(
+        self, prompt: str, stages: Sequence[type[Stage]], start: str | Path, out: RunFolder | None = None
+    ) -> Stage:
+        last = super()._finished(prompt, stages, start, out)
+        folder = RunFolder(start)
+        saved = distributed.from_first(lambda: self.start_config(folder))
+        if isinstance(saved, EditConfig):  # an edit of an edit; how many came before does not matter
+            last = self._make(saved, EditStage, last)
+            folder.restore_finished(last)
+        return last
 
     def run(
         self,

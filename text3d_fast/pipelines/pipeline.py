@@ -92,7 +92,7 @@ class Pipeline:
         """Optimize a scene for the prompt and extract its mesh. In a job of several processes (`distributed.join`) all
         call it together, and the first one writes.
 
-        steps     in all, divided among the stages as the defaults are
+        steps     of the stages that run, together; divided among them as the defaults are
         out       a folder for mesh.glb, pictures, result.json, config.yaml and checkpoint.safetensors; None: no files
         callback  called after each step with its number (from 1) and a StepState
         resume    continue from out's checkpoint, with its configuration; the result is that of an unbroken run
@@ -107,9 +107,9 @@ class Pipeline:
             "prompt": self.prior.canonical(prompt), "model": self.model, "seed": seed,
             "threads": torch.get_num_threads(),
         })
-        if steps is not None:
-            config = config.with_steps(steps)
         before, chosen = self._chosen(stage, start)
+        if steps is not None:
+            config = config.with_steps(steps, [kind.name for kind in chosen if kind.name in config.stage_names()])
         self.check_processes(config, chosen)
         distributed.check_alike({
             **{name: value_of(config, name) for name in names_of(config) if name not in MACHINES_OWN},
@@ -121,7 +121,7 @@ class Pipeline:
         if folder is not None:
             config = folder.open(config, resume, any_steps=steps is None, changes=self.changes)
         try:
-            finished = self._finished(before, start, folder) if before else None
+            finished = self._finished(config.prompt, before, start, folder) if before else None
             makers = [(kind.name, partial(self._make, config, kind)) for kind in chosen]
             last = Trainer(makers, folder, callback).run(resume, finished)
             return finish(last, folder, self.about(), report)
@@ -158,11 +158,13 @@ class Pipeline:
         """What result.json says beyond what every run has."""
         return {}
 
-    def _finished(self, stages: Sequence[type[Stage]], start: str | Path, out: RunFolder | None = None) -> Stage:
+    def _finished(
+        self, prompt: str, stages: Sequence[type[Stage]], start: str | Path, out: RunFolder | None = None
+    ) -> Stage:
         """The last of these stages as the run in `start` left it; each needs the one before it to be built. The folder
         `out` gets them too, so that it holds a whole run."""
         folder = RunFolder(start)
-        config, stage = distributed.from_first(lambda: self.start_config(folder)), None
+        config, stage = distributed.from_first(lambda: self.start_config(folder, prompt)), None
         for kind in stages:
             stage = self._make(config, kind, stage)
             folder.restore_finished(stage)
@@ -170,9 +172,13 @@ class Pipeline:
                 out.keep_finished(stage)
         return stage
 
-    def start_config(self, folder: RunFolder) -> RunConfig:
-        """The configuration of a folder to begin after."""
-        return folder.saved_config(self.config_type)
+    def start_config(self, folder: RunFolder, prompt: str) -> RunConfig:
+        """The configuration of a folder to begin after, for this prompt."""
+        saved = folder.saved_config(self.config_type)
+        if saved.prompt != prompt:
+            warnings.warn(f"{folder.path} was made for {saved.prompt!r}; the stages after it are asked for {prompt!r}",
+                          ModelWarning, stacklevel=2)
+        return saved
 
     def _make(self, config: RunConfig, kind: type[Stage], previous: Stage | None) -> Stage:
         index = list(self.stages).index(kind)

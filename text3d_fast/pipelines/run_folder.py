@@ -179,7 +179,10 @@ class RunFolder:
             if asked.total_steps() < saved.total_steps():
                 raise CheckpointError(f"{self.path} holds a run with steps = {saved.total_steps()}, more than "
                                       f"{asked.total_steps()}; it can go on to more, not fewer")
-            saved = saved.with_steps(asked.total_steps(), about.get("stage"))
+            stages, begun = saved.stage_names(), about.get("stage")
+            ahead = stages[stages.index(begun):] if begun in stages else stages  # those before have taken theirs
+            more = asked.total_steps() - saved.total_steps()
+            saved = saved.with_steps(saved.total_steps(ahead) + more, ahead)
         return saved
 
     def _check_settings(self, saved: Config, about: Mapping[str, Any]) -> None:
@@ -192,8 +195,8 @@ class RunFolder:
                     raise CheckpointError(f"{self / CONFIG} has {name} = {value!r}, but the checkpoint was made with "
                                           f"{there!r}; set it back, or choose another folder with --out")
 
-    def saved_config(self, kind: type[Config]) -> Config:
-        """The configuration of the run in this folder, which is to be one of this kind's pipeline."""
+    def saved_config(self, *kinds: type[Config]) -> Config:
+        """The configuration of the run in this folder, which is to be one of the pipeline of one of these kinds."""
         if not (self / CONFIG).is_file():
             raise CheckpointError(f"{self.path} is no folder of a run: there is no {self / CONFIG}")
         try:
@@ -203,8 +206,10 @@ class RunFolder:
         if not text.endswith(END):
             raise CheckpointError(f"{self / CONFIG} is damaged: its end is missing")
         made_by = re.search(r"^pipeline: *(\w+) *$", text, re.MULTILINE)
-        if made_by is not None and made_by[1] != kind.pipeline:
-            raise CheckpointError(f"{self.path} holds a run of {made_by[1]}, not of {kind.pipeline}")
+        by_pipeline = {kind.pipeline: kind for kind in kinds}
+        if made_by is not None and made_by[1] not in by_pipeline:
+            raise CheckpointError(f"{self.path} holds a run of {made_by[1]}, not of {' or '.join(by_pipeline)}")
+        kind = kinds[0] if made_by is None else by_pipeline[made_by[1]]
         return kind.from_yaml(text, str(self / CONFIG))
 
     def discard(self) -> None:
@@ -222,8 +227,10 @@ class RunFolder:
     def restore_finished(self, stage: Stage) -> None:
         """Load a finished stage, from its own file or the checkpoint that it ended with."""
         own = self / f"{stage.name}.safetensors"
-        found = distributed.from_first(
-            lambda: self._read(own if own.is_file() else self / CHECKPOINT, [stage.name]))
+        found = distributed.from_first(lambda: self._read(own if own.is_file() else self / CHECKPOINT))
+        if found.stage != stage.name:
+            raise CheckpointError(f"{self.path} has not come to the stage {stage.name}, only to {found.stage}: go on "
+                                  f"with --resume, or, if it was made with --stage, by generate --start {self.path}")
         if found.step < stage.config.steps:
             raise CheckpointError(f"{self.path} stopped at step {found.step} of {stage.config.steps} of the stage "
                                   f"{stage.name}: finish it first, with --resume")
@@ -251,12 +258,12 @@ class RunFolder:
         tensors = stage.tensors()
         distributed.from_first(lambda: save_state(path, tensors, about))
 
-    def _read(self, path: Path, stages: Sequence[str]) -> Checkpoint:
+    def _read(self, path: Path, stages: Sequence[str] | None = None) -> Checkpoint:
         tensors, about = load_state(path)
         step, seconds = about.get("step"), about.get("seconds")
         if not (type(step) is int and step >= 0 and isinstance(about.get("stage"), str)
                 and isinstance(seconds, int | float) and 0 <= seconds < 1e12):
             raise CheckpointError(f"{path} is damaged (no stage, step or seconds); delete it and start again")
-        if about["stage"] not in stages:
+        if stages is not None and about["stage"] not in stages:
             raise CheckpointError(f"{path} is of the stage {about['stage']}, expected {' or '.join(stages)}")
         return Checkpoint(about["stage"], step, float(seconds), tensors)

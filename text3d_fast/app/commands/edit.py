@@ -17,12 +17,13 @@ class Edit:
 
     Takes at most 30 % of the steps that the result took, with its priors and settings.
 
-    Example:
+    Examples:
       text3d-fast edit runs/a-red-mug "a blue mug"
+      text3d-fast edit runs/a-blue-mug "a striped blue mug"
     """
 
     folder: Positional[Annotated[Path, arg(metavar="RESULT_DIR")]]
-    """What `generate --pipeline magic3d` wrote."""
+    """What `generate --pipeline magic3d` wrote, or another edit."""
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
     """What to make of it."""
     run: Annotated[RunOptions, OmitArgPrefixes] = field(default_factory=RunOptions)

@@ -27,8 +27,8 @@ class RunOptions:
     """Where the result goes and how it is made."""
 
     steps: Annotated[int | None, arg(metavar="N")] = None
-    """Steps of optimization; the default depends on the model, and of edit is the most that it may take. With --resume,
-    more than were planned go on beyond them."""
+    """Steps of optimization, of all stages that run together; the default depends on the model, and of edit is the most
+    that it may take. With --resume, more than were planned go on beyond them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None

@@ -33,17 +33,19 @@ def registered_priors() -> list[str]:
 
 
 def load_prior(
-    model: str | None = None, device: torch.device | str = "cpu", options: ModelOptions | None = None
+    model: str | None = None, device: torch.device | str = "cpu", options: ModelOptions | None = None,
+    decoder: bool = False,
 ) -> Prior:
     """The prior of a registered name (None: "toybox"), a folder, .safetensors file or hub id; it bears that name.
 
     options    how a model is loaded; registered priors take none
+    decoder    keep what `decode` needs of a latent model
     """
     model, device = model or DEFAULT, torch.device(device)
     given = (options or ModelOptions()).given()
     load = _REGISTERED.get(model)
     if load is None:
-        prior: Prior = DiffusionPrior.from_pretrained(model, device=device, **given)
+        prior: Prior = DiffusionPrior.from_pretrained(model, device=device, decoder=decoder, **given)
     elif given:
         raise ModelError(f"prior.{next(iter(given))}: {model} is built in and takes no such option; it is for "
                          f"diffusion models")

@@ -3,11 +3,15 @@
 The 2D experiment of ProlificDreamer (Wang et al., 2023): pixels, or latents, are the parameters, so what is seen is the
 loss alone. `figure` compares all methods; `grid` sampling, SDS and VSD over guidance weights: by the paper, VSD takes
 guidance as sampling does, SDS needs much of it and pays in saturation and diversity.
+
+A network that takes pixels in blocks (4 x 4 are one of the built-in model's) errs differently in each place of a
+block. Scenes never show it, for every view has other blocks; a picture always seen in the same ones collects it as a
+lattice. So each step sees the pictures shifted by a few pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -40,6 +44,7 @@ METHODS: dict[str, tuple[str, float]] = {
 GRID_METHODS = ("ancestral", "sds", "vsd")
 GRID_WEIGHTS = (1.0, 3.0, 7.5, 30.0, 100.0)
 CLIP = 0.3  # of the root mean square of a picture's gradient: guidance of 99 would throw it about
+SHIFTS = 4  # pixels, as wide as a block
 Report = Callable[[str, int, int], Any]
 
 
@@ -79,13 +84,20 @@ class Playground:
         weight = METHODS[method][1] if weight is None else weight
         generator = torch.Generator().manual_seed(self.seed)
         device = getattr(self.prior, "device", torch.device("cpu"))
-        size = self.prior.image_size
+        size, what = self.prior.image_size, f"{METHODS[method][0]}, w = {weight:g}"
         colors = (0.5 + 0.15 * torch.randn(self.count, 1, 1, 3, generator=generator)).clamp(0, 1).to(device)
-        x = self.prior.encode(colors.expand(-1, size, size, -1))
-        what = f"{METHODS[method][0]}, w = {weight:g}"
-        x = (self._sample(torch.randn(x.shape, generator=generator).to(x), weight, what) if method == "ancestral"
-             else self._distill(x, self._loss(method, weight), generator, what))
-        return self.prior.decode(x).clamp(0, 1).cpu()
+        plain = colors.expand(-1, size, size, -1)
+        if method == "ancestral":
+            x = self.prior.encode(plain)
+            x = self._sample(torch.randn(x.shape, generator=generator).to(x), weight, what)
+            return self.prior.decode(x).clamp(0, 1).cpu()
+        start = self.prior.encode(plain) if self.latent else 2 * plain - 1
+        x = self._distill(start, self._loss(method, weight), generator, what)
+        return (self.prior.decode(x) if self.latent else x / 2 + 0.5).clamp(0, 1).cpu()
+
+    @property
+    def latent(self) -> bool:
+        return self.prior.kind == "latent"
 
     @torch.no_grad()
     def _sample(self, x: Tensor, weight: float, what: str) -> Tensor:
@@ -95,32 +107,42 @@ class Playground:
         for step, (now, then) in enumerate(pairwise(times), 1):
             t, s = (schedule.snap(time.expand(self.count)) for time in (now, then))
             clean = schedule.to_sample(guided_noise(self.prior, x, t, self.conditions, weight), x, t, "epsilon")
-            if self.prior.kind != "latent":
+            if not self.latent:
                 clean = clean.clamp(-1, 1)
             x = schedule.add_noise(clean, schedule.to_noise(clean, x, t, "sample"), s)
             self._tell(what, step, self.sampling_steps)
         return x
 
     def _distill(self, x: Tensor, loss: DistillationLoss, generator: torch.Generator, what: str) -> Tensor:
+        """x: latents, or pictures [count, H, W, 3] in -1..1, which they have at the end too."""
         # Pixels have no smoothness of their own, and differences of two scores take no noise out of them: so none to
         # begin with, and no Adam, whose steps are as long where the gradient is nothing but noise
-        x = x.clone()
-        optimizer = torch.optim.SGD([x], self.rate, momentum=0.8, dampening=0.2)
+        x = x.clone().requires_grad_()
+        optimizer = torch.optim.SGD([x], self.rate, momentum=0.8, dampening=0.8)
         learned = getattr(loss, "score", None)
         exact = isinstance(learned, ParticleScore)
         for step in range(self.steps):
             progress = step / self.steps
             optimizer.param_groups[0]["lr"] = self.rate * (1 - progress)
+            seen = self._seen(x, generator)
             if exact:
-                loss.train_score_encoded(x, self.conditions, generator)
-            x.grad = loss.from_encoded(x, self.conditions, progress, generator).gradient
+                loss.train_score_encoded(seen, self.conditions, generator)
+            optimizer.zero_grad()
+            (loss.from_encoded(seen, self.conditions, progress, generator).loss * x.numel()).backward()
             optimizer.step()
-            if self.prior.kind != "latent":
-                x.clamp_(-1, 1)
+            if not self.latent:
+                x.data.clamp_(-1, 1)
             if learned is not None and not exact:
-                loss.train_score_encoded(x, self.conditions, generator)
+                loss.train_score_encoded(self._seen(x.detach(), generator), self.conditions, generator)
             self._tell(what, step + 1, self.steps)
-        return x
+        return x.detach()
+
+    def _seen(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x in the prior's space, pictures shifted by a random part of a block."""
+        if self.latent:
+            return x
+        shift = torch.randint(-(SHIFTS // 2), SHIFTS // 2, (2,), generator=generator).tolist()
+        return self.prior.encode((x / 2 + 0.5).roll(shift, (1, 2)))
 
     def _loss(self, method: str, weight: float) -> DistillationLoss:
         times = TimeRange(0.02, 0.98, final_high=0.5, kind="step", end=0.5)
@@ -157,14 +179,14 @@ class Cell:
         return {"method": self.method, "weight": self.weight, **figures}
 
 
-def figure(playground: Playground, methods: Sequence[str] = tuple(METHODS)) -> list[Cell]:
+def figure(playground: Playground, methods: Sequence[str] = tuple(METHODS)) -> Iterator[Cell]:
     """All methods, each with its own guidance: the paper's comparison in 2D (the post's figure 7)."""
-    return [Cell(method, METHODS[method][1], playground.pictures(method)) for method in methods]
+    return (Cell(method, METHODS[method][1], playground.pictures(method)) for method in methods)
 
 
-def grid(playground: Playground, weights: Sequence[float] = GRID_WEIGHTS) -> list[Cell]:
+def grid(playground: Playground, weights: Sequence[float] = GRID_WEIGHTS) -> Iterator[Cell]:
     """Sampling, SDS and VSD at each guidance weight."""
-    return [Cell(method, weight, playground.pictures(method, weight)) for method in GRID_METHODS for weight in weights]
+    return (Cell(method, weight, playground.pictures(method, weight)) for method in GRID_METHODS for weight in weights)
 
 
 def saturation(pictures: Tensor) -> float:

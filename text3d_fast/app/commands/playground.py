@@ -27,7 +27,7 @@ class Playground:
     prompt: Positional[Annotated[str, arg(metavar="PROMPT")]]
     """What the pictures show."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
-    """The image prior, as for generate; latent models are refused (their decoder is not kept)."""
+    """The image prior, as for generate. Of a latent model, the latents are optimized."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
     """How the model is loaded, as for generate: prior.lora, prior.dtype, prior.prediction and so on."""
     count: int = 4
@@ -51,7 +51,6 @@ class Playground:
 
         out = self.out or default_folder(f"playground {self.prompt}", False)
         try:
-            comparing.compare(self, out, model_settings(self.set))
+            return comparing.compare(self, out, model_settings(self.set))
         except (OutputError, ValueError) as error:
             return fail(str(error))
-        return 0

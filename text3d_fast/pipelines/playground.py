@@ -128,10 +128,12 @@ class Playground:
             if exact:
                 loss.train_score_encoded(seen, self.conditions, generator)
             optimizer.zero_grad()
-            (loss.from_encoded(seen, self.conditions, progress, generator).loss * x.numel()).backward()
+            distilled = loss.from_encoded(seen, self.conditions, progress, generator)
+            (distilled.loss * seen.numel()).backward()  # the sum, not the mean
             optimizer.step()
             if not self.latent:
-                x.data.clamp_(-1, 1)
+                with torch.no_grad():
+                    x.clamp_(-1, 1)
             if learned is not None and not exact:
                 loss.train_score_encoded(self._seen(x.detach(), generator), self.conditions, generator)
             self._tell(what, step + 1, self.steps)

@@ -26,7 +26,8 @@ class Evaluate:
     """A part of the suite, at most 20 minutes on 2 CPU cores: 4 prompts, seed 0, 300 steps."""
     pipeline: Literal["dreamfusion", "magic3d", "prolificdreamer"] = "dreamfusion"
     """magic3d: the mesh of its coarse stage beside that of its fine stage, with the camera given. prolificdreamer: VSD
-    beside SDS, several results of a prompt by each: quality, saturation, and diversity against the world's own."""
+    beside SDS, several results of a prompt by each: quality, saturation, and diversity against the world's own; half an
+    hour on a fast core."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """The prior to measure beside the analytic one; as for generate, by default "toybox"."""
     set: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()

@@ -67,6 +67,7 @@ def test_the_suite_scores_resumes_and_summarizes(small, tmp_path):
     assert float(rows[HALF.name]["f5"]) == pytest.approx(summary[HALF.name]["f5"], abs=1e-4)
     assert rows[EXACT.name]["janus"] == "False" and rows[NOTHING.name]["normal_error"] == ""
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+    assert f"a red mug | {EXACT.name}: step 1 of 1; 0 of 3 runs done" in (tmp_path / "run.log").read_text()
     assert evaluate.table(summary).row_count == 6
 
     again = evaluate.run(tmp_path, make=maker, **options)

@@ -71,14 +71,16 @@ def test_the_command_writes_pictures_and_the_table(tmp_path, capsys):
     words = ["playground", "a thing", "--model", "colour", "--count", "2", "--steps", "3", "--weights", "1", "5"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"figure7.png", "grid.png", "table.csv", "table.json"}
+    assert names == {"figure7.png", "grid.png", "table.csv", "table.json", "run.log"}
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [(row["method"], row["weight"]) for row in rows[6:]] == [
         (method, weight) for method in ("ancestral", "sds", "vsd") for weight in (1.0, 5.0)]
     with open(tmp_path / "out" / "table.csv", newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
-    assert "ancestral" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ancestral" in said and "ancestral sampling, w = 6.5: step 1 of 25; 0 of 12 sets of pictures done" in said
     assert main([*words, "--count", "0", "--out", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_latents_of_a_model(tmp_path):

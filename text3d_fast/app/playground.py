@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ from text3d_fast.app.messages import messages
 from text3d_fast.errors import OutputError
 from text3d_fast.files import write_text
 from text3d_fast.images import write_views
+from text3d_fast.lines import LOG, Lines
 from text3d_fast.pipelines import playground
 
 if TYPE_CHECKING:
@@ -31,14 +33,24 @@ def compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
 
     settings: prior.*
     """
-    from text3d_fast.guidance import load_prior
-    from text3d_fast.pipelines.config import RunConfig
-    from text3d_fast.pipelines.pipeline import choose_device
-
+    fresh = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    try:
+        return _compare(options, out, settings)
+    finally:
+        if fresh:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
+
+
+def _compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
+    from text3d_fast.guidance import load_prior
+    from text3d_fast.pipelines.config import RunConfig
+    from text3d_fast.pipelines.pipeline import choose_device
+
     console = Console(stderr=True, quiet=options.quiet)
     weights = () if options.no_grid else options.weights
     sets = len(playground.METHODS) + len(playground.GRID_METHODS) * len(weights)
@@ -47,10 +59,11 @@ def compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
     )
     task = bar.add_task("loading", total=sets)
-    done, rows = 0, []
+    done, rows, lines = 0, [], Lines(console, out / LOG)
 
     def report(what: str, step: int, steps: int) -> None:
         bar.update(task, description=what, completed=done + step / steps)
+        lines.say(f"{what}: step {step} of {steps}; {done} of {sets} sets of pictures done")
 
     with bar, messages(console.print):
         prior = load_prior(options.model, choose_device(options.device), RunConfig().updated(settings).prior, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from text3d_fast.app.messages import messages
+from text3d_fast.lines import LOG, Lines, show
 
 if TYPE_CHECKING:
     from text3d_fast.pipelines.pipeline import Pipeline
     from text3d_fast.pipelines.results import Result
     from text3d_fast.pipelines.stage import StepState
-
-EVERY = 15  # seconds between lines, where there is no bar, and in the log
 
 
 class Progress:
@@ -25,14 +23,13 @@ class Progress:
 
     def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
-        self.loss, self.stage, self.said = 0.0, None, 0.0
-        self.log: Path | None = None
+        self.lines = Lines(self.console)
+        self.loss, self.stage = 0.0, None
         self.bar: Bar | None = None
         self._messages = messages(self.say)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line as it is: brackets in a prompt are no markup."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        show(self.console, text, style)
 
     def __enter__(self) -> Progress:
         self._messages.__enter__()
@@ -44,9 +41,7 @@ class Progress:
 
     def begin(self, pipeline: Pipeline, prompt: str, out: Path) -> None:
         """Of one run; its lines go into `out`/run.log, too."""
-        from text3d_fast.pipelines.run_folder import LOG
-
-        self.stage, self.log = None, out / LOG
+        self.stage, self.lines.log = None, out / LOG
         understood = pipeline.prior.canonical(prompt)
         self.say(f"{prompt}" + (f" (understood as: {understood})" if understood != prompt else ""), style="bold")
         guidance = pipeline.about().get("guidance", {})
@@ -66,14 +61,10 @@ class Progress:
             self.loss = loss if self.loss == 0 else 0.8 * self.loss + 0.2 * loss
             fields = {"loss": f"{self.loss:.4f}", "rate": f"{state.rate:.1f}"}
         self.bar.update(self.task, completed=step, **fields)
-        if (time.monotonic() - self.said > EVERY or step == steps or state.stopping) and self.loss:
-            self.said = time.monotonic()
+        if self.loss:
             left = (steps - step) / max(state.rate, 1e-9)
-            line = (f"{name}: step {step} of {steps}, loss {self.loss:.4f}, {state.rate:.1f} steps/s, "
-                    f"{left:.0f} s left")
-            self._note(line)
-            if not self.console.is_terminal:
-                self.say(line)
+            self.lines.say(f"{name}: step {step} of {steps}, loss {self.loss:.4f}, {state.rate:.1f} steps/s, "
+                           f"{left:.0f} s left", step == steps or state.stopping)
         if step == steps:
             self._stop()
 
@@ -96,7 +87,7 @@ class Progress:
         line = (f"done in {seconds['total']:.0f} s ({each}, export {seconds['export']:.0f} s, "
                 f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB): "
                 f"{figures['faces']} faces, {figures['components']} piece(s)")
-        self._note(line)
+        self.lines.note(line)
         self.say(line)
         for warning in result.warnings:
             self.say(f"warning: {warning}", style="yellow")
@@ -114,11 +105,3 @@ class Progress:
         if self.bar is not None and self.console.is_terminal:  # elsewhere it would leave an empty line
             self.bar.stop()
         self.bar = None
-
-    def _note(self, line: str) -> None:
-        """Into the log. One that cannot be written is no reason to lose a run."""
-        try:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        except OSError:
-            pass

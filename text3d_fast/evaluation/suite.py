@@ -31,6 +31,7 @@ from text3d_fast.evaluation.matching import Gallery, facing, wilson_interval
 from text3d_fast.evaluation.observe import as_mesh, pictures
 from text3d_fast.files import atomic_path, write_bytes
 from text3d_fast.geometry import Mesh
+from text3d_fast.lines import LOG, Lines
 from text3d_fast.toybox.bank import one_thread
 from text3d_fast.toybox.captions import parse
 from text3d_fast.toybox.render import over
@@ -170,13 +171,16 @@ def run(
     records = []
     jobs = [(method, prompt, seed) for prompt in prompts for method in methods for seed in seeds]
     with _progress(quiet) as bar:
+        lines = Lines(bar.console, folder / LOG)
         overall = bar.add_task("evaluation", total=len(jobs))
         current = bar.add_task("", total=1)
         for method, prompt, seed in jobs:
-            bar.reset(current, total=1, description=f"{prompt} | {method.name}")
+            what = f"{prompt} | {method.name}"
+            bar.reset(current, total=1, description=what)
 
-            def tick(step: int, total: int) -> None:
+            def tick(step: int, total: int, what: str = what) -> None:
                 bar.update(current, completed=step, total=total)
+                lines.say(f"{what}: step {step} of {total}; {len(records)} of {len(jobs)} runs done")
 
             records.append(suite.scored(method, prompt, seed, tick))
             bar.advance(overall)
@@ -380,7 +384,7 @@ def _progress(quiet: bool) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), disable=quiet)
+    return Progress(*columns, console=Console(stderr=True, quiet=quiet), disable=quiet)
 
 
 def read_json(path: Path) -> dict | None:

@@ -18,6 +18,7 @@ from text3d_fast.errors import CheckpointError, OutputError
 from text3d_fast.files import write_text
 from text3d_fast.guidance.models.options import HARMLESS
 from text3d_fast.images import write_png
+from text3d_fast.lines import LOG
 from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.checkpoint import load_about, load_state, save_state
 from text3d_fast.pipelines.config import END, RunConfig
@@ -25,7 +26,6 @@ from text3d_fast.pipelines.settings import names_of, value_of
 from text3d_fast.pipelines.stage import Stage
 
 CONFIG, CHECKPOINT, PREVIEW = "config.yaml", "checkpoint.safetensors", "preview.png"
-LOG = "run.log"  # the command line writes it
 PRODUCTS = ("mesh.glb", "result.json", CHECKPOINT)
 LOCK = ".lock"
 # Settings that may change when a run goes on: they do not touch the optimization

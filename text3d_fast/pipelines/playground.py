@@ -92,7 +92,7 @@ class Playground:
             x = self._sample(torch.randn(x.shape, generator=generator).to(x), weight, what)
             return self.prior.decode(x).clamp(0, 1).cpu()
         start = self.prior.encode(plain) if self.latent else 2 * plain - 1
-        x = self._distill(start, self._loss(method, weight), generator, what)
+        x = self._distill(start, self._losses(method, weight), generator, what)
         return (self.prior.decode(x) if self.latent else x / 2 + 0.5).clamp(0, 1).cpu()
 
     @property
@@ -113,16 +113,20 @@ class Playground:
             self._tell(what, step, self.sampling_steps)
         return x
 
-    def _distill(self, x: Tensor, loss: DistillationLoss, generator: torch.Generator, what: str) -> Tensor:
-        """x: latents, or pictures [count, H, W, 3] in -1..1, which they have at the end too."""
+    def _distill(
+        self, x: Tensor, losses: Sequence[DistillationLoss], generator: torch.Generator, what: str
+    ) -> Tensor:
+        """x: latents, or pictures [count, H, W, 3] in -1..1, which they have at the end too. Each of the losses has its
+        part of the steps.
+        """
         # Pixels have no smoothness of their own, and differences of two scores take no noise out of them: so none to
         # begin with, and no Adam, whose steps are as long where the gradient is nothing but noise
         x = x.clone().requires_grad_()
         optimizer = torch.optim.SGD([x], self.rate, momentum=0.8, dampening=0.8)
-        learned = getattr(loss, "score", None)
-        exact = isinstance(learned, ParticleScore)
         for step in range(self.steps):
-            progress = step / self.steps
+            loss, progress = losses[step * len(losses) // self.steps], step / self.steps
+            learned = getattr(loss, "score", None)
+            exact = isinstance(learned, ParticleScore)
             optimizer.param_groups[0]["lr"] = self.rate * (1 - progress)
             seen = self._seen(x, generator)
             if exact:
@@ -146,15 +150,17 @@ class Playground:
         shift = torch.randint(-(SHIFTS // 2), SHIFTS // 2, (2,), generator=generator).tolist()
         return self.prior.encode((x / 2 + 0.5).roll(shift, (1, 2)))
 
-    def _loss(self, method: str, weight: float) -> DistillationLoss:
-        times = TimeRange(0.02, 0.98, final_high=0.5, kind="step", end=0.5)
+    def _losses(self, method: str, weight: float) -> list[DistillationLoss]:
+        options = {"time_range": TimeRange(0.02, 0.98, final_high=0.5, kind="step", end=0.5), "clip": CLIP}
         kind = DISTILLATIONS[method]
         if method == "vsd":
             network = getattr(self.prior, "unet", None) is not None
             score = LoraPrior(self.prior, seed=self.seed) if network else ParticleScore(self.prior.schedule)
-            return kind(self.prior, score, weight, time_range=times, clip=CLIP, score_rate=self.score_rate)
-        further = {"source": self.source} if method == "bridge" else {}
-        return kind(self.prior, weight, time_range=times, clip=CLIP, **further)
+            return [kind(self.prior, score, weight, score_rate=self.score_rate, **options)]
+        if method == "bridge":  # leads away from what SDS makes, which has to be there
+            before = DISTILLATIONS["sds"](self.prior, weight, **options)
+            return [before, kind(self.prior, weight, source=self.source, **options)]
+        return [kind(self.prior, weight, **options)]
 
     def _tell(self, what: str, step: int, steps: int) -> None:
         if self.report is not None:

@@ -127,7 +127,7 @@ def test_blocks_leave_no_lattice():
 
     picture = Playground(Blocks(), "a thing", count=1, steps=80).pictures("sds", 0.0)[0]
     lattice = picture.reshape(2, 4, 2, 4, 3).mean((0, 2, 4))
-    assert (lattice - lattice.mean()).abs().max() < 0.02  # seen in the same blocks: 0.09
+    assert (lattice - lattice.mean()).abs().max() < 0.02  # seen in the same blocks: 0.13
 
 
 def test_the_model_is_loaded_as_it_is_asked_for(tmp_path, monkeypatch, capsys):

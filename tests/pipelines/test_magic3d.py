@@ -192,6 +192,8 @@ def test_what_cannot_be_edited_is_said(finished, tmp_path):
 def test_an_edit_of_an_edit_begins_where_that_ended(finished, tmp_path):
     folder, _ = finished
     Edit(folder, "cpu", BlueBall()).run("a blue ball", out=tmp_path / "blue")
+    with pytest.raises(CheckpointError, match="blue holds a run of edit, not of magic3d"):
+        pipeline().run("a blue ball", start=tmp_path / "blue")
     for name, start in (("again", "blue"), ("third", "again")):
         seen = []
         again = Edit(tmp_path / start, "cpu", BlueBall())

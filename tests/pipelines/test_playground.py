@@ -111,6 +111,17 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, capsys):
     assert (tmp_path / "out" / "figure7.png").is_file()
 
 
+def test_brackets_in_a_name_are_no_markup(tmp_path, capsys):
+    class Slow(Colour):
+        def seconds_a_picture(self):
+            return 1e5
+
+    register_prior("my [red] model", lambda device: Slow())
+    words = ["playground", "a thing", "--model", "my [red] model", "--count", "1", "--steps", "1", "--no-grid"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "warning: my [red] model takes about 167 hours for these on this CPU" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_is_said_first(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["playground", "a thing", "--out", str(tmp_path / "file" / "out")]) == 2

@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from text3d_fast.app.messages import messages
 from text3d_fast.errors import OutputError
 from text3d_fast.files import write_text
 from text3d_fast.images import write_views
-from text3d_fast.lines import LOG, Lines
+from text3d_fast.lines import LOG, Lines, show
 from text3d_fast.pipelines import playground
 
 if TYPE_CHECKING:
@@ -33,20 +35,6 @@ def compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
 
     settings: prior.*
     """
-    fresh = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {out}: {error.strerror or error}") from error
-    try:
-        return _compare(options, out, settings)
-    finally:
-        if fresh:
-            with contextlib.suppress(OSError):  # it holds something
-                out.rmdir()
-
-
-def _compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
     from text3d_fast.guidance import load_prior
     from text3d_fast.pipelines.config import RunConfig
     from text3d_fast.pipelines.pipeline import choose_device
@@ -65,13 +53,14 @@ def _compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
         bar.update(task, description=what, completed=done + step / steps)
         lines.say(f"{what}: step {step} of {steps}; {done} of {sets} sets of pictures done")
 
-    with bar, messages(console.print):
+    say = partial(show, console)
+    with new_folder(out), bar, messages(say):
         prior = load_prior(options.model, choose_device(options.device), RunConfig().updated(settings).prior, True)
         make = playground.Playground(prior, options.prompt, options.count, options.steps, seed=options.seed,
                                      report=report)
         hours = (prior.seconds_a_picture() or 0.0) * options.count * options.steps * sets / 3600
         if hours > 1:
-            console.print(f"warning: {prior.name} takes about {hours:.0f} hours for these on this CPU")
+            say(f"warning: {prior.name} takes about {hours:.0f} hours for these on this CPU")
         enlarge = max(1, 128 // prior.image_size)
         figure, grid = Sheet("figure7", enlarge, 3), Sheet("grid", 1, max(len(weights), 1))
         try:
@@ -90,6 +79,22 @@ def _compare(options: Playground, out: Path, settings: dict[str, Any]) -> int:
     if not options.quiet:
         print(out / "figure7.png")
     return 0
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Made at the begin, so that what cannot be written to is said first, and taken back if nothing came of it."""
+    fresh = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if fresh:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
 
 
 @dataclass

@@ -13,7 +13,6 @@ from typing import Any
 
 from text3d_fast.guidance import Prior, load_prior, registered_priors
 from text3d_fast.guidance.registry import DEFAULT_FINE
-from text3d_fast.pipelines import distributed
 from text3d_fast.pipelines.config import EditConfig, Magic3DConfig, RunConfig
 from text3d_fast.pipelines.mesh_stage import MeshStage
 from text3d_fast.pipelines.pipeline import Pipeline
@@ -134,7 +133,7 @@ class Edit(Magic3D):
         for name in settings or {}:
             if name.startswith(("coarse.", "fine.")):
                 raise ValueError(f"{name}: that stage is done; settings of an edit begin with edit.")
-        saved = self.start_config(RunFolder(folder))
+        saved = self.saved = RunFolder(folder).saved_config(Magic3DConfig, EditConfig)
         self.most_steps = max(1, int(EDIT_SHARE * saved.total_steps([CoarseStage.name, FineStage.name])))
         config = EditConfig.from_yaml(saved.to_yaml(), str(self.folder / CONFIG))
         config.edit = EditConfig.from_yaml(saved.to_yaml()).fine
@@ -146,18 +145,16 @@ class Edit(Magic3D):
         super().__init__(saved.model if prior is None else None, device, config, prior, settings,
                          saved.fine_model or None, fine_prior)
 
-    def start_config(self, folder: RunFolder, prompt: str = "") -> RunConfig:
-        return folder.saved_config(Magic3DConfig, EditConfig)
+    def start_config(self, folder: RunFolder, prompt: str) -> RunConfig:
+        return self.saved  # whose prompt is meant to be another one
 
     def _finished(
         self, prompt: str, stages: Sequence[type[Stage]], start: str | Path, out: RunFolder | None = None
     ) -> Stage:
         last = super()._finished(prompt, stages, start, out)
-        folder = RunFolder(start)
-        saved = distributed.from_first(lambda: self.start_config(folder))
-        if isinstance(saved, EditConfig):  # an edit of an edit; how many came before does not matter
-            last = self._make(saved, EditStage, last)
-            folder.restore_finished(last)
+        if isinstance(self.saved, EditConfig):  # an edit of an edit; how many came before does not matter
+            last = self._make(self.saved, EditStage, last)
+            RunFolder(start).restore_finished(last)
         return last
 
     def run(

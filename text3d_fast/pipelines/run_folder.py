@@ -222,7 +222,11 @@ class RunFolder:
 
     def checkpoint(self, stages: Sequence[str]) -> Checkpoint:
         """The checkpoint of a run of these stages. CheckpointError if there is none, or it is of none of them."""
-        return distributed.from_first(lambda: self._read(self / CHECKPOINT, stages))
+        found = distributed.from_first(lambda: self._read(self / CHECKPOINT))
+        if found.stage not in stages:
+            raise CheckpointError(f"{self / CHECKPOINT} is of the stage {found.stage}, expected "
+                                  f"{' or '.join(stages)}")
+        return found
 
     def restore_finished(self, stage: Stage) -> None:
         """Load a finished stage, from its own file or the checkpoint that it ended with."""
@@ -258,12 +262,10 @@ class RunFolder:
         tensors = stage.tensors()
         distributed.from_first(lambda: save_state(path, tensors, about))
 
-    def _read(self, path: Path, stages: Sequence[str] | None = None) -> Checkpoint:
+    def _read(self, path: Path) -> Checkpoint:
         tensors, about = load_state(path)
         step, seconds = about.get("step"), about.get("seconds")
         if not (type(step) is int and step >= 0 and isinstance(about.get("stage"), str)
                 and isinstance(seconds, int | float) and 0 <= seconds < 1e12):
             raise CheckpointError(f"{path} is damaged (no stage, step or seconds); delete it and start again")
-        if stages is not None and about["stage"] not in stages:
-            raise CheckpointError(f"{path} is of the stage {about['stage']}, expected {' or '.join(stages)}")
         return Checkpoint(about["stage"], step, float(seconds), tensors)
